@@ -47,7 +47,8 @@ class Event(Struct, frozen=True, kw_only=True):
 
 class Totals(Event, frozen=True, kw_only=True):
     """What the process has done so far; checks use these, so that a dropped line is never
-    mistaken for a lost session."""
+    mistaken for a lost session.
+    """
 
     accepted: Count
     closed: Count
@@ -137,7 +138,8 @@ class UpstreamDown(Event, frozen=True, kw_only=True):
 
 class Session(Event, frozen=True, kw_only=True):
     """Who: the fields that identify a session. `session` sorts by time; `pair` joins
-    sessions that split, shadow or replay made from one."""
+    sessions that split, shadow or replay made from one.
+    """
 
     session: Annotated[str, Meta(min_length=26, max_length=26)]
     pair: str | None

@@ -12,7 +12,8 @@ Transport = Literal["tcp", "udp", "unix"]
 
 class Address(NamedTuple):
     """One address. `host` is a name, an IP literal, a path (unix) or a descriptor name (systemd);
-    `port` is 0 where the transport has none."""
+    `port` is 0 where the transport has none.
+    """
 
     transport: Transport | Literal["systemd"]
     host: str

@@ -1,0 +1,234 @@
+"""The command `triptych`: flags in, one line for every fault, sysexits codes out.
+
+A command imports what it needs when it runs: `triptych echo` with a loop of its own loads neither
+Twisted nor anything of `comparisons`, which this package names here only, as text.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+from msgspec.structs import replace
+
+from services.config import ENGINES, Config, ConfigError, from_flags, load
+from services.vocabulary import Level
+
+USAGE, UNAVAILABLE, OS_ERROR, NO_PERMISSION, CONFIGURATION = 64, 69, 71, 77, 78
+# as a shell tells a death by SIGINT or SIGPIPE
+INTERRUPTED, BROKEN_PIPE = 130, 141
+
+# name: where the command is, and its line in `triptych --help`, which must not load it
+LAZY = {
+    "compare": ("comparisons.compare:command", "Run the three engines on the same workloads."),
+    "logs": ("comparisons.logs.commands:group", "Read what the daemons wrote."),
+}
+
+# where a context remembers which of them was asked for
+LAZY_COMMAND = "services.cli.lazy_command"
+
+
+class NeedsExtra(click.ClickException):
+    exit_code = UNAVAILABLE
+
+
+class Commands(click.Group):
+    """The commands of this package, and those of `comparisons` once they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        return [*self.commands, *LAZY]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        ctx.meta[LAZY_COMMAND] = cmd_name
+        module, _, attribute = LAZY[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            # a module of ours that is missing is a bug, which no extra mends
+            if LAZY_COMMAND not in ctx.meta or (error.name or "").startswith(("comparisons.", "services")):
+                raise
+            command = ctx.meta[LAZY_COMMAND]
+            raise NeedsExtra(f"{command} needs the extra: pip install 'triptych[compare]'") from error
+
+    def format_commands(
+        self,
+        ctx: click.Context,  # noqa: ARG002  click's signature
+        formatter: click.HelpFormatter,
+    ) -> None:
+        own = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl([*own, *((name, text) for name, (_, text) in LAZY.items())])
+
+
+@click.group(cls=Commands)
+def triptych() -> None:
+    """One echo and proxy service, three I/O models."""
+
+
+LEVELS = click.Choice(get_args(Level))
+listen_option = click.option(
+    "--listen", metavar="ADDR", multiple=True, required=True, help="HOST:PORT, udp:HOST:PORT or unix:/PATH."
+)
+engine_option = click.option(
+    "--engine", type=click.Choice([*ENGINES, "all"]), default="nonblocking", show_default=True
+)
+log_option = click.option("--log", default="-", metavar="PATH", help="A file instead of stdout.")
+level_option = click.option("--log-level", type=LEVELS, default="info", show_default=True)
+
+
+@triptych.command()
+@engine_option
+@listen_option
+@log_option
+@level_option
+def echo(engine: str, listen: tuple[str, ...], log: str, log_level: str) -> int:
+    """Send back what comes in."""
+    return _serve_flags("echo", engine=engine, listen=listen, upstreams=(), log=log, level=log_level)
+
+
+@triptych.command()
+@engine_option
+@listen_option
+@click.option("--upstream", metavar="ADDR", multiple=True, required=True, help="HOST:PORT or unix:/PATH.")
+@log_option
+@level_option
+def proxy(engine: str, listen: tuple[str, ...], upstream: tuple[str, ...], log: str, log_level: str) -> int:
+    """Pass sessions on to upstreams, in turn."""
+    return _serve_flags("proxy", engine=engine, listen=listen, upstreams=upstream, log=log, level=log_level)
+
+
+@triptych.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), required=True, metavar="FILE")
+@click.option("--engine", type=click.Choice(ENGINES), help="Instead of the file's.")
+@click.option("--log", metavar="PATH", help="Instead of the file's.")
+@click.option("--log-level", type=LEVELS, help="Instead of the file's.")
+def serve(path: Path, engine: Any, log: str | None, log_level: Any) -> int:
+    """Run the daemon that a file describes."""
+    config = _checked(path)
+    if config is None:
+        return CONFIGURATION
+    config = replace(
+        config,
+        engine=engine or config.engine,
+        log=replace(config.log, path=log or config.log.path, level=log_level or config.log.level),
+    )
+    return _run(config)
+
+
+@triptych.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), required=True, metavar="FILE")
+def check(path: Path) -> int:
+    """Tell every fault of a configuration file."""
+    if _checked(path) is None:
+        return CONFIGURATION
+    click.echo(f"{path}: ok")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit code."""
+    try:
+        result = triptych.main(arguments, prog_name="triptych", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return USAGE
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "triptych"
+        return _fail(f"{error.format_message().rstrip('.')}; see {path} --help", USAGE)
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except click.Abort:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has what they wanted; the flush at exit must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        code = NO_PERMISSION if isinstance(error, PermissionError) else OS_ERROR
+        return _fail(f"{where}{error.strerror or error}", code)
+    return int(result or 0)
+
+
+def _serve_flags(
+    service: str, *, engine: str, listen: Sequence[str], upstreams: Sequence[str], log: str, level: str
+) -> int:
+    try:
+        if engine == "all":
+            return _run_all(service, listen=listen, upstreams=upstreams, log=log, level=level)
+        config = from_flags(
+            engine=engine, service=service, listen=listen, upstreams=upstreams, log_path=log, log_level=level
+        )
+    except ConfigError as error:
+        return _fail_all(error.faults, USAGE)
+    return _run(config)
+
+
+def _run_all(service: str, *, listen: Sequence[str], upstreams: Sequence[str], log: str, level: str) -> int:
+    from services import supervisor  # noqa: PLC0415  only `all` pays for it
+
+    commands = {}
+    flags = supervisor.spread(listen)
+    for engine, addresses in flags.items():
+        # a fault is told once, here, and not by three children
+        from_flags(
+            engine=engine,
+            service=service,
+            listen=addresses,
+            upstreams=upstreams,
+            log_path=log,
+            log_level=level,
+        )
+        commands[engine] = [service, "--engine", engine, "--log", log, "--log-level", level]
+        commands[engine] += [part for address in addresses for part in ("--listen", address)]
+        commands[engine] += [part for upstream in upstreams for part in ("--upstream", upstream)]
+    for engine, addresses in flags.items():
+        # a free port is told by the child that takes it
+        known = [address for address in addresses if not address.endswith(":0")]
+        if known:
+            click.echo(f"triptych: {engine} on {', '.join(known)}", err=True)
+    return supervisor.run(commands)
+
+
+def _run(config: Config) -> int:
+    from services import daemon  # noqa: PLC0415  `check` and --help need no sockets
+    from services.endpoints import EndpointError  # noqa: PLC0415  as above
+
+    try:
+        return daemon.run(config)
+    except EndpointError as error:
+        return _fail(error.message, error.exit_code)
+
+
+def _checked(path: Path) -> Config | None:
+    """The configuration in a file; None once its faults have been told."""
+    try:
+        return load(path)
+    except ConfigError as error:
+        _fail_all([f"{path}: {fault}" for fault in error.faults], CONFIGURATION)
+        return None
+
+
+def _fail_all(faults: Sequence[str], code: int) -> int:
+    for fault in faults:
+        _fail(fault, code)
+    return code
+
+
+def _fail(message: str, code: int) -> int:
+    # click breaks some of its messages into lines
+    click.echo(f"triptych: {' '.join(message.split())}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""The configuration: one TOML file, read into frozen typed structs.
+
+The structs are the specification. One walker reads their fields, so that a key exists exactly
+where a field does, and the type says how its text is read: a `float` is a duration in seconds
+("250ms", "1h"), an `int` is a size in bytes ("64KiB"), an `Address` is an address. Nothing stops
+at the first fault: `ConfigError` holds all of them, each with the path of its key.
+
+The flags of `triptych echo` and `triptych proxy` go the same way as a file, by `from_flags`.
+Names are not resolved and no socket is opened here: that is `endpoints.py`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Struct
+
+from services.core.addresses import Address
+from services.core.session import Timeouts
+from services.vocabulary import Level
+
+EngineName = Literal["blocking", "nonblocking", "twisted"]
+
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+BYTES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+
+# epoll_wait(2) takes its timeout as 31 bits of milliseconds: 596 hours
+LONGEST, SHORTEST = 596 * 3600, 0.001
+# beyond this a size is a slip of the pen: it would be held for every direction of every session
+LARGEST = 1024**3
+
+# stands for a value that could not be read while the rest of the file is looked at
+FAULTY: Any = object()
+
+
+class LogConfig(Struct, frozen=True, kw_only=True):
+    """`path` is a file or "-" (stdout); `progress` and `stats` are intervals in seconds."""
+
+    path: str = "-"
+    level: Level = "info"
+    progress: float = 60.0
+    stats: float = 60.0
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """`buffer`: the bytes that a relay may hold in user space, per direction."""
+
+    buffer: int = 128 * 1024
+
+
+class ListenerConfig(Struct, frozen=True, kw_only=True):
+    """`answer_low_ports` lets a UDP echo answer source ports below 1024 (echo loops)."""
+
+    name: str
+    address: Address
+    service: Literal["echo", "proxy"]
+    pool: str | None = None
+    answer_low_ports: bool = False
+
+
+class UpstreamConfig(Struct, frozen=True, kw_only=True):
+    address: Address
+
+
+class PoolConfig(Struct, frozen=True, kw_only=True):
+    upstreams: tuple[UpstreamConfig, ...]
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """Everything a daemon is told. In the file `listeners` are [[listener]], `pools` [pool.NAME]."""
+
+    engine: EngineName = "nonblocking"
+    log: LogConfig = LogConfig()
+    limits: Limits = Limits()
+    listeners: tuple[ListenerConfig, ...] = msgspec.field(name="listener", default=())
+    pools: dict[str, PoolConfig] = msgspec.field(name="pool", default_factory=dict)
+    timeouts: Timeouts = Timeouts()
+
+
+# the core's timeouts carry the progress interval, which the file gives under [log]
+NOT_KEYS: dict[type[Struct], set[str]] = {Timeouts: {"progress"}}
+
+
+class ConfigError(Exception):
+    """`faults`: every fault found, one line each, as `path: what is wrong`."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = faults
+
+
+def load(path: Path) -> Config:
+    """The configuration in the file at `path`. ConfigError with all its faults."""
+    import tomllib  # noqa: PLC0415  only a daemon with a file pays for it
+
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"not UTF-8 text at byte {error.start}"]) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"not TOML: {error}"]) from error
+    except RecursionError as error:
+        raise ConfigError(["not TOML: nested too deeply"]) from error
+    return read(document)
+
+
+def from_flags(
+    *,
+    engine: str,
+    service: str,
+    listen: Sequence[str],
+    upstreams: Sequence[str] = (),
+    log_path: str = "-",
+    log_level: str = "info",
+) -> Config:
+    """The configuration that the flags of `echo` and `proxy` stand for; the listeners are named
+    `echo-1`, `echo-2` in the order of their flags. ConfigError names the flags.
+    """
+    pool = {"pool": "upstream"} if service == "proxy" else {}
+    document = {
+        "engine": engine,
+        "log": {"path": log_path, "level": log_level},
+        "listener": [
+            {"name": f"{service}-{number}", "address": text, "service": service, **pool}
+            for number, text in enumerate(listen, 1)
+        ],
+        "pool": {"upstream": {"upstreams": [{"address": text} for text in upstreams]}} if pool else {},
+    }
+    try:
+        return read(document)
+    except ConfigError as error:
+        flags = {
+            r"^engine:": "--engine:",
+            r"^log\.path:": "--log:",
+            r"^log\.level:": "--log-level:",
+            r"^listener(\[\d+\]\.\w+)?:": "--listen:",
+            r"^pool\.upstream\.upstreams(\[\d+\]\.\w+)?:": "--upstream:",
+        }
+        faults = error.faults
+        for path, flag in flags.items():
+            faults = [re.sub(path, flag, fault) for fault in faults]
+        raise ConfigError(faults) from error
+
+
+def read(document: Mapping[str, Any]) -> Config:
+    faults: list[str] = []
+    config: Config = _struct(Config, document, "", faults)
+    _check(config, document, faults)
+    if faults:
+        raise ConfigError(faults)
+    timeouts = msgspec.structs.replace(config.timeouts, progress=config.log.progress)
+    return msgspec.structs.replace(config, timeouts=timeouts)
+
+
+def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> None:
+    """What no single key can tell. A value that could not be read is never complained of twice."""
+    names: dict[str, str] = {}
+    addresses: dict[Address, str] = {}
+    # as written, so that a pool with a fault inside is not called unknown as well
+    written = document.get("pool", {})
+    pools = set(written) if isinstance(written, dict) else FAULTY
+    if config.listeners is FAULTY:
+        return
+    if not config.listeners:
+        faults.append("listener: at least one is needed, as in [[listener]] with name, address and service")
+    for number, listener in enumerate(config.listeners):
+        path = f"listener[{number}]"
+        if listener is FAULTY:
+            continue
+        if listener.name is not FAULTY:
+            first = names.setdefault(listener.name, path)
+            if first != path:
+                faults.append(f"{path}.name: {_quote(listener.name)} is the name of {first} already")
+        address = listener.address
+        udp = address is not FAULTY and address.transport == "udp"
+        # port 0 asks for any free port, which is another one each time
+        if address is not FAULTY and (address.port or address.transport in {"unix", "systemd"}):
+            first = addresses.setdefault(address, path)
+            if first != path:
+                faults.append(f"{path}.address: {_quote(str(address))} is the address of {first} already")
+        if listener.service == "proxy":
+            if udp:
+                faults.append(f"{path}.service: a udp listener can echo only, not proxy")
+            if listener.pool is None:
+                faults.append(f"{path}.pool: a proxy needs a pool")
+            elif FAULTY not in (listener.pool, pools) and listener.pool not in pools:
+                faults.append(
+                    f"{path}.pool: there is no pool {_quote(listener.pool)}{_similar(listener.pool, pools)}"
+                )
+        if listener.service == "echo" and listener.pool is not None:
+            faults.append(f"{path}.pool: an echo has no upstreams, so no pool")
+        # what a descriptor of the service manager is shows only when it is claimed
+        may_be_udp = address is FAULTY or address.transport in {"udp", "systemd"}
+        if listener.answer_low_ports is True and not may_be_udp:
+            faults.append(f"{path}.answer_low_ports: only a udp echo has use for it")
+    if config.pools is FAULTY:
+        return
+    for name, pool in config.pools.items():
+        if FAULTY in (pool, getattr(pool, "upstreams", FAULTY)):
+            continue
+        path = f"{_join('pool', name)}.upstreams"
+        if not pool.upstreams:
+            faults.append(f"{path}: at least one upstream is needed")
+        for number, upstream in enumerate(pool.upstreams):
+            if FAULTY in (upstream, getattr(upstream, "address", FAULTY)):
+                continue
+            transport, _, port = upstream.address
+            if transport in {"udp", "systemd"}:
+                faults.append(
+                    f"{path}[{number}].address: an upstream is HOST:PORT or unix:/PATH, not {transport}:"
+                )
+            elif transport == "tcp" and not port:
+                faults.append(f"{path}[{number}].address: an upstream needs a port from 1 to 65535")
+
+
+def _struct(kind: type[Struct], raw: Mapping[str, Any], path: str, faults: list[str]) -> Any:
+    """An instance of `kind` with FAULTY where a value could not be read."""
+    fields = {
+        field.encode_name: field
+        for field in msgspec.structs.fields(kind)
+        if field.name not in NOT_KEYS.get(kind, ())
+    }
+    faults.extend(
+        f"{_join(path, key)}: unknown key{_similar(key, fields)}" for key in raw if key not in fields
+    )
+    values = {}
+    for key, field in fields.items():
+        if key in raw:
+            values[field.name] = _value(field.type, raw[key], _join(path, key), faults)
+        elif field.required:
+            faults.append(f"{_join(path, key)}: missing")
+            values[field.name] = FAULTY
+    return kind(**values)
+
+
+def _value(kind: Any, raw: Any, path: str, faults: list[str]) -> Any:
+    """`raw` as a `kind`, or FAULTY and a fault more."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if type(None) in arguments:
+        return _value(arguments[0], raw, path, faults)
+    if origin is tuple and isinstance(raw, list):
+        return tuple(_value(arguments[0], item, f"{path}[{at}]", faults) for at, item in enumerate(raw))
+    if origin is dict and isinstance(raw, dict):
+        return {key: _value(arguments[1], item, _join(path, key), faults) for key, item in raw.items()}
+    if isinstance(kind, type) and issubclass(kind, Struct) and isinstance(raw, dict):
+        return _struct(kind, raw, path, faults)
+    if origin is Literal and raw in arguments:
+        return raw
+    if (kind is bool and isinstance(raw, bool)) or (kind is str and isinstance(raw, str) and raw):
+        return raw
+    try:
+        if kind is Address and isinstance(raw, str):
+            return Address.parse(raw)
+        if kind is float and isinstance(raw, str) and (found := re.fullmatch(r"([0-9]+\.?[0-9]*)(ms|s|m|h)", raw)):
+            return _within(float(found[1]) * SECONDS[found[2]], SHORTEST, LONGEST, "1ms", "596h")
+        if kind is int and isinstance(raw, str) and (found := re.fullmatch(r"([0-9]+)(B|KiB|MiB|GiB)", raw)):
+            return _within(int(found[1]) * BYTES[found[2]], 1, LARGEST, "1B", "1GiB")
+    except ValueError as error:
+        faults.append(f"{path}: {error}")
+    else:
+        faults.append(f"{path}: expected {_expectation(kind)}, not {_quote(raw)}")
+    return FAULTY
+
+
+def _within(number: float, least: float, most: float, least_text: str, most_text: str) -> float:
+    if not least <= number <= most:
+        raise ValueError(f"must be from {least_text} to {most_text}")
+    return number
+
+
+def _expectation(kind: Any) -> str:
+    origin = get_origin(kind)
+    if origin is Literal:
+        *others, last = (_quote(choice) for choice in get_args(kind))
+        return f"{', '.join(others)} or {last}"
+    if origin is tuple:
+        return "an array of tables"
+    return {
+        float: 'a duration such as "60s"',
+        int: 'a size such as "64KiB"',
+        bool: "true or false",
+        str: "text that is not empty",
+        Address: 'an address such as "127.0.0.1:7007"',
+    }.get(kind, "a table")
+
+
+def _quote(value: Any) -> str:
+    """A TOML value, short and in one line; JSON writes text and numbers as TOML does."""
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "an array"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _join(path: str, key: str) -> str:
+    name = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+    return f"{path}.{name}" if path else name
+
+
+def _similar(word: str, known: Any) -> str:
+    import difflib  # noqa: PLC0415  only a fault pays for it
+
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {_quote(near[0])}?)" if near else ""

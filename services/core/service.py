@@ -1,0 +1,309 @@
+"""The service of one process: admits and retires sessions, owns the pools and the service's timers.
+
+Not thread-safe, like the sessions: an engine with threads serialises every call.
+Admission (limits, rates, lists) will decide in `accept`; health checks and queues will be further
+deadlines of `deadline` and `expire`.
+"""
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from services import vocabulary
+from services.core.addresses import Address, Transport
+from services.core.record import NO_TCP_INFO, Counts, Record, TcpInfo, identity, line
+from services.core.session import Accepted, Actions, Cut, Session, Timeouts
+from services.core.upstreams import Pool
+
+# How late a timer runs is measured this often while sessions are open (Node's monitorEventLoopDelay
+# samples every 10 ms by default; ten wake-ups a second are not noticed in an idle process).
+LAG_INTERVAL = 0.1
+# A timer this late gets a line of its own: longer than any scheduling hiccup, shorter than a watchdog.
+STALL = 1.0
+# Lags are kept for the sessions still open; of a steadily falling series only this many.
+LAGS_KEPT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the core needs to know of a listener."""
+
+    name: str
+    service: Literal["echo", "proxy"]
+    transport: Transport
+    pool: Pool | None = None
+    answer_low_ports: bool = False
+
+
+class Gauges(NamedTuple):
+    """The process as the kernel sees it, at one moment; None is not known here."""
+
+    threads: int | None = None
+    open_descriptors: int | None = None
+    rss_bytes: int | None = None
+    cpu_us: int | None = None
+
+
+class Instruments(Protocol):
+    """What the core cannot do itself."""
+
+    def emit(self, event: vocabulary.Event, /) -> None:
+        """Write a log line. Never waits."""
+
+    def gauges(self) -> Gauges: ...
+
+    def lines_dropped(self) -> int: ...
+
+
+class Ledger(Protocol):
+    """Open sessions that are not `Session`s but count in the totals and expire: a UDP socket's."""
+
+    def __len__(self) -> int: ...
+
+    def counts(self) -> Iterable[Counts]: ...
+
+    def deadline(self) -> float: ...
+
+    def expire(self, now: float) -> None: ...
+
+
+class Service:
+    """Args:
+    timeouts, buffer: what every session gets; `buffer` is bytes a relay may hold.
+    stats: seconds between two `engine_stats` lines.
+    epoch: the wall clock minus the engine's monotonic clock, in seconds.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        instruments: Instruments,
+        timeouts: Timeouts,
+        buffer: int,
+        stats: float,
+        epoch: float,
+        now: float,
+    ) -> None:
+        self.timeouts = timeouts
+        self.buffer = buffer
+        self.sessions: set[Session] = set()
+        self.emit = instruments.emit
+        self._instruments = instruments
+        self._epoch = epoch
+        self._stats = stats
+        self._stats_at = now + stats
+        self._lag_at = float("inf")
+        # (when, how much), falling in lag and rising in time: the largest since any moment is one look-up
+        self._lags: list[tuple[float, float]] = []
+        self._drain_at = float("inf")
+        self.draining = False
+        self._ledgers: list[Ledger] = []
+        self._accepted = self._closed = self._refused = self._cut = 0
+        self._bytes_c2s = self._bytes_s2c = self._datagrams_c2s = self._datagrams_s2c = 0
+        self._datagrams_dropped = 0
+
+    # Sessions -----------------------------------------------------------------------------------
+
+    def accept(
+        self, policy: Policy, client: Address | None, local: Address, accept_wait: float | None, now: float
+    ) -> tuple[Session, Actions]:
+        """A client was accepted: its session, and what to do first.
+
+        Args:
+            client: None for a UNIX socket's nameless peer.
+            accept_wait: seconds in the backlog; None where the transport does not tell.
+
+        """
+        record = self.open_record(policy, client, local, accept_wait, now)
+        session = Session(record, self, policy.pool)
+        self.sessions.add(session)
+        return session, session.handle(Accepted(), now)
+
+    def open_record(
+        self, policy: Policy, client: Address | None, local: Address, accept_wait: float | None, now: float
+    ) -> Record:
+        """A record for a new session of either kind, counted as accepted."""
+        record = Record(
+            wall=now + self._epoch,
+            now=now,
+            service=policy.service,
+            listener=policy.name,
+            client=client,
+            local=local,
+            accept_wait=accept_wait,
+        )
+        self._accepted += 1
+        if self._lag_at == float("inf"):
+            self._lag_at = now + LAG_INTERVAL
+        self.emit(vocabulary.SessionOpened(**identity(record)))
+        return record
+
+    def retire(
+        self,
+        session: Session,
+        now: float,
+        client_info: TcpInfo = NO_TCP_INFO,
+        upstream_info: TcpInfo = NO_TCP_INFO,
+    ) -> None:
+        """The last leg of `session` is closed: count it, and write its line."""
+        letters, state = session.story()
+        counts = session.counts(now)
+        self.emit(
+            line(
+                vocabulary.SessionClosed,
+                session.record,
+                counts,
+                letters=letters,
+                state=state,
+                now=now,
+                lag=self.lag_since(session.record.opened_at),
+                sessions=self.open_sessions,
+                client_info=client_info,
+                upstream_info=upstream_info,
+            )
+        )
+        self.sessions.discard(session)
+        self.count_closed(counts)
+
+    def count_closed(self, counts: Counts) -> None:
+        self._closed += 1
+        self._bytes_c2s += counts.bytes_c2s
+        self._bytes_s2c += counts.bytes_s2c
+        self._datagrams_c2s += counts.datagrams_c2s or 0
+        self._datagrams_s2c += counts.datagrams_s2c or 0
+
+    def count_refused(self, n: int) -> None:
+        self._refused += n
+
+    def count_dropped_datagram(self) -> None:
+        self._datagrams_dropped += 1
+
+    def expire_session(self, session: Session, now: float) -> Actions:
+        """`session.expire`, with the progress line that may be due."""
+        actions, progress = session.expire(now)
+        if progress:
+            letters, state = session.story()
+            self.emit(
+                line(
+                    vocabulary.SessionProgress,
+                    session.record,
+                    session.counts(now),
+                    letters=letters,
+                    state=state,
+                    now=now,
+                    lag=self.lag_since(session.record.opened_at),
+                    sessions=self.open_sessions,
+                )
+            )
+        return actions
+
+    def fault(self, session: Session | None, error: str, traceback: str) -> None:
+        """A bug of ours surfaced; the engine cuts `session` and goes on."""
+        self.emit(
+            vocabulary.EngineFault(
+                session=session.record.id if session else None, error=error, traceback=traceback
+            )
+        )
+
+    # Drain --------------------------------------------------------------------------------------
+
+    def drain(self, reason: str, now: float) -> None:
+        """No new sessions from now on; open ones may finish until the deadline. A second call
+        (the operator is impatient) brings the deadline to now.
+        """
+        if self.draining:
+            self._drain_at = now
+            return
+        self.draining = True
+        self._drain_at = now + self.timeouts.drain
+        self.emit(
+            vocabulary.ServiceDraining(
+                reason=reason,
+                open_sessions=self.open_sessions,
+                deadline_us=int(self.timeouts.drain * 1e6),
+            )
+        )
+
+    @property
+    def drained(self) -> bool:
+        return self.draining and not self.sessions
+
+    @property
+    def open_sessions(self) -> int:
+        return len(self.sessions) + sum(map(len, self._ledgers))
+
+    def stopped(self, now: float) -> int:
+        """The last line. Returns how many sessions the drain deadline cut."""
+        self.emit(vocabulary.ServiceStopped(**self._totals(now), cut=self._cut))
+        return self._cut
+
+    # Time ---------------------------------------------------------------------------------------
+
+    def deadline(self) -> float:
+        """When `expire` wants to be called."""
+        own = min(self._stats_at, self._lag_at, self._drain_at)
+        return min(own, *(ledger.deadline() for ledger in self._ledgers)) if self._ledgers else own
+
+    def expire(self, now: float) -> Actions:
+        """What is due at `now`."""
+        if now >= self._lag_at:
+            self._measure_lag(now - self._lag_at, now)
+        for ledger in self._ledgers:
+            ledger.expire(now)
+        if now >= self._stats_at:
+            self._stats_at = now + self._stats
+            self.emit(vocabulary.EngineStats(**self._totals(now)))
+        if now < self._drain_at:
+            return ()
+        self._drain_at = float("inf")
+        open_sessions = [session for session in self.sessions if not session.over]
+        self._cut += len(open_sessions)
+        return [action for session in open_sessions for action in session.handle(Cut("K"), now)]
+
+    def lag_since(self, moment: float) -> float:
+        """The latest that a timer ran since `moment`, in seconds."""
+        at = bisect.bisect_left(self._lags, (moment, 0.0))
+        return self._lags[at][1] if at < len(self._lags) else 0.0
+
+    def _measure_lag(self, lag: float, now: float) -> None:
+        while self._lags and self._lags[-1][1] <= lag:
+            self._lags.pop()
+        self._lags.append((now, lag))
+        del self._lags[:-LAGS_KEPT]
+        if lag >= STALL:
+            self.emit(vocabulary.EngineStalled(loop_lag_us=int(lag * 1e6), open_sessions=self.open_sessions))
+        self._lag_at = now + LAG_INTERVAL if self.open_sessions else float("inf")
+
+    # Totals -------------------------------------------------------------------------------------
+
+    def keep(self, ledger: Ledger) -> None:
+        """Add a UDP listener's sessions to the totals."""
+        self._ledgers.append(ledger)
+
+    def _totals(self, now: float) -> dict[str, Any]:
+        bytes_c2s, bytes_s2c = self._bytes_c2s, self._bytes_s2c
+        datagrams_c2s, datagrams_s2c = self._datagrams_c2s, self._datagrams_s2c
+        open_counts = [session.counts(now) for session in self.sessions]
+        for ledger in self._ledgers:
+            open_counts.extend(ledger.counts())
+        for counts in open_counts:
+            bytes_c2s += counts.bytes_c2s
+            bytes_s2c += counts.bytes_s2c
+            datagrams_c2s += counts.datagrams_c2s or 0
+            datagrams_s2c += counts.datagrams_s2c or 0
+        return {
+            "accepted": self._accepted,
+            "closed": self._closed,
+            "refused": self._refused,
+            "open_sessions": self.open_sessions,
+            "bytes_c2s": bytes_c2s,
+            "bytes_s2c": bytes_s2c,
+            "datagrams_c2s": datagrams_c2s,
+            "datagrams_s2c": datagrams_s2c,
+            "datagrams_dropped": self._datagrams_dropped,
+            "lines_dropped": self._instruments.lines_dropped(),
+            "loop_lag_us": int(self.lag_since(now - self._stats) * 1e6),
+            **self._instruments.gauges()._asdict(),
+        }

@@ -1,0 +1,583 @@
+"""The state machine of one session: from accept to close, for every engine.
+
+Theory of operation
+===================
+
+A session has a client leg and, for a proxy, an upstream leg. The engine owns the sockets; the
+session owns the decisions. The engine tells the session what happened (an *event*) and performs,
+in order, the *actions* it gets back. While bytes move, no events are needed: the engine moves them
+and tells the session's relays how many (`relay.py`).
+
+A session is in one phase (HAProxy's second termination letter)::
+
+    Q  choosing an upstream          (proxy)
+    C  connecting to it              (proxy)
+    D  relaying
+    L  relaying the last data: one side has ended its direction
+    -  over
+
+The rules, by their numbers in the behaviour table:
+
+* Each direction ends on its own (1). When a relay's source has ended *and* its last byte was
+  written, the engine says `Finished`; only then the FIN is passed on (3). When every relay is
+  finished, both legs are closed in order.
+* A half-closed session lives by its own, shorter timeout (2).
+* A reset, or a dead peer (7), on one leg becomes a reset on the other (4). But where the lost leg
+  had ended its direction before (we read its FIN, or a send met EPIPE, which proves one), that
+  direction is still delivered to its end (5): what flows towards the lost leg is read and dropped,
+  and the other leg is reset only once its kernel has had every byte acknowledged.
+* A leg that is not being read (we are connecting, its relay is full, its end was read) cannot show
+  its death by itself. While there is one, the deadline is never more than `PROBE_INTERVAL` away and
+  asks for a probe (6, 9).
+* A dial that fails is tried again, on the next address or upstream, within one budget (11). With no
+  dial left, the client is told as a kernel would: reset if it sent data, else FIN.
+
+A leg's loss is remembered: it is delivered once, whatever its socket says later. After the session
+is over every event is ignored, so an engine need not cancel what is already on its way.
+PROXY headers (16) will be a phase before Q, fed by a `Received` event; admission (23) decides before
+a session is made; names resolved again and raced addresses (17) concern `_dial`.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from services.core.addresses import Address
+from services.core.record import (
+    CLIENT,
+    UPSTREAM,
+    Counts,
+    Ends,
+    Loss,
+    Reason,
+    Record,
+    Side,
+    State,
+    history,
+    state,
+)
+from services.core.relay import Relay
+from services.core.upstreams import Pool, Upstream
+
+# A leg that is not read is asked for its death this often: CLOSE_WAIT pile-ups (haproxy #136) end
+# within it, and a second is what a poll(2) a paused session costs nothing at.
+PROBE_INTERVAL = 1.0
+# Waiting for the other leg's last acknowledgements before resetting it: a few round trips.
+SETTLE_INTERVAL = 0.02
+# A dial that failed is tried on this many further upstreams (HAProxy: 3; here, until pools have health, 1)
+RETRIES = 1
+
+
+class Timeouts(Struct, frozen=True, kw_only=True):
+    """All in seconds.
+
+    Attributes:
+        connect: the budget of all dials of a session.
+        idle: no byte moved, either way.
+        half_close: the same, once one side has ended.
+        drain: from SIGTERM until open sessions are cut.
+        dead_peer: data unacknowledged, or keepalive unanswered (TCP_USER_TIMEOUT); None is as idle,
+            since it also ends a live peer that keeps its window at zero.
+        udp_idle: a UDP session ends this long after its last datagram.
+        progress: a line for a long session, this often.
+
+    """
+
+    connect: float = 5.0
+    idle: float = 3600.0
+    half_close: float = 60.0
+    drain: float = 30.0
+    dead_peer: float | None = None
+    udp_idle: float = 30.0
+    progress: float = 60.0
+
+
+# What the engine tells the session ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The client leg is there. Always the first event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """Dial number `attempt` is connected: the upstream leg is there."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class DialFailed:
+    attempt: int
+    loss: Loss
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The relay's source has ended and its last byte has left user space."""
+
+    relay: Relay
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A socket call on `leg` failed for good."""
+
+    leg: Side
+    loss: Loss
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The answer to a probe: is the leg lost, and how much lies in its kernel buffers (bytes)?"""
+
+    leg: Side
+    loss: Loss | None
+    unread: int
+    unsent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The session must end now: `K` by the operator or the drain deadline, `R` for want of a
+    resource, `I` because of a bug of ours.
+    """
+
+    cause: Literal["K", "R", "I"]
+    error: str | None = None
+
+
+Event = Accepted | Dialled | DialFailed | Finished | Lost | Probed | Cut
+
+
+# What the session asks of the engine ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Connect to `address`; answer with `Dialled` or `DialFailed`."""
+
+    attempt: int
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Give dial number `attempt` up; nothing is answered."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeginRelay:
+    """Move bytes on every relay of the session, from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendEnd:
+    """Pass FIN to `leg`: shut its write side down."""
+
+    leg: Side
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Drop what waits for `relay`'s sink and what is still read from its source."""
+
+    relay: Relay
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Ask the kernel, without waiting, about `leg`; answer with `Probed`."""
+
+    leg: Side
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Reset `leg` (linger 0) and let go of it."""
+
+    leg: Side
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Close `leg` in order: the kernel delivers what it still holds, then FIN."""
+
+    leg: Side
+
+
+Action = Dial | Cancel | BeginRelay | SendEnd | Discard | Probe | Abort | Close
+Actions = Sequence[tuple["Session", Action]]
+
+
+class Phase(enum.Enum):
+    CHOOSING = "Q"
+    CONNECTING = "C"
+    RELAYING = "D"
+    OVER = "-"
+
+
+# HAProxy's first letter for a session that one side ended
+_CAUSE = {CLIENT: "C", UPSTREAM: "S"}
+_NAME: dict[Side, Literal["client", "upstream"]] = {CLIENT: "client", UPSTREAM: "upstream"}
+
+
+class _Limits(Protocol):
+    """What a session needs of its service."""
+
+    timeouts: Timeouts
+    buffer: int
+
+
+class Session:
+    """One client from accept to close. Not thread-safe: the engine serialises `handle` and `expire`.
+
+    Args:
+        record: who it is; stamped until it becomes the session's log line.
+        limits: timeouts, and the bytes a relay may hold.
+        pool: where a proxy dials; None is echo.
+
+    """
+
+    __slots__ = (
+        "_attempt",
+        "_broken",
+        "_candidates",
+        "_dial_deadline",
+        "_dial_loss",
+        "_gave_up",
+        "_limits",
+        "_lost",
+        "_pool",
+        "_probed_at",
+        "_progress_at",
+        "_retries",
+        "_tried",
+        "phase",
+        "record",
+        "relays",
+    )
+
+    def __init__(self, record: Record, limits: _Limits, pool: Pool | None) -> None:
+        self.record = record
+        self.phase = Phase.CHOOSING
+        buffer = limits.buffer
+        self.relays: tuple[Relay, ...] = (
+            (Relay(record, CLIENT, CLIENT, buffer),)
+            if pool is None
+            else (Relay(record, CLIENT, UPSTREAM, buffer), Relay(record, UPSTREAM, CLIENT, buffer))
+        )
+        self._limits = limits
+        self._pool = pool
+        self._attempt = 0
+        self._retries = RETRIES
+        self._candidates: list[Address] = []
+        self._tried: list[Upstream] = []
+        self._dial_deadline = 0.0
+        self._dial_loss: Loss | None = None
+        self._gave_up = False
+        self._lost: list[Side] = []
+        # the leg whose peer is gone but whose own direction is still being delivered (rule 5)
+        self._broken: Side | None = None
+        self._probed_at = record.opened_at
+        self._progress_at = record.opened_at + limits.timeouts.progress
+
+    @property
+    def over(self) -> bool:
+        return self.phase is Phase.OVER
+
+    def awaits(self, attempt: int) -> bool:
+        """Is dial number `attempt` still wanted?"""
+        return self.phase is Phase.CONNECTING and attempt == self._attempt and not self._gave_up
+
+    def handle(self, event: Event, now: float) -> Actions:
+        """What to do about `event`, in order. Nothing, once the session is over."""
+        if self.phase is Phase.OVER:
+            return ()
+        match event:
+            case Finished(relay):
+                return self._finished(relay, now)
+            case Lost(leg, loss):
+                return self._lose(leg, loss, now)
+            case Accepted():
+                return self._begin(now) if self._pool is None else self._choose(self._pool, now)
+            case Dialled(attempt):
+                return self._dialled(now) if self.awaits(attempt) else ()
+            case DialFailed(attempt, loss):
+                return self._dial_failed(loss, now) if self.awaits(attempt) else ()
+            case Probed():
+                return self._probed(event, now)
+            case Cut(cause, error):
+                return self._end(cause + self._letter(), None, now, error)
+
+    def relay_from(self, leg: Side) -> Relay:
+        return self.relays[0] if leg is CLIENT else self.relays[1]
+
+    def relay_to(self, leg: Side) -> Relay:
+        return self.relays[-1] if leg is CLIENT else self.relays[0]
+
+    def counts(self, now: float) -> Counts:
+        """What moved so far. For echo: what came in, and what went back."""
+        relays = self.relays
+        paused = sum(relay.paused_time for relay in relays)
+        paused += sum(now - relay.paused_at for relay in relays if relay.paused_at is not None)
+        return Counts(
+            bytes_c2s=relays[0].bytes_in,
+            bytes_s2c=relays[-1].bytes_out,
+            datagrams_c2s=None,
+            datagrams_s2c=None,
+            reads=sum(relay.reads for relay in relays),
+            writes=sum(relay.writes for relay in relays),
+            partial_writes=sum(relay.partial_writes for relay in relays),
+            would_block=sum(relay.would_block for relay in relays),
+            pauses=sum(relay.pauses for relay in relays),
+            paused_us=int(paused * 1e6),
+            peak_buffer=max(relay.peak for relay in relays),
+            spliced_bytes=sum(relay.spliced for relay in relays),
+        )
+
+    def story(self) -> tuple[str, State]:
+        """History and state of the client's connection, so far or in the end."""
+        from_client, to_client = self.relays[0], self.relays[-1]
+        end = self.record.peer_reset_at if from_client.peer_ended else None
+        ends = Ends(from_client.first_in, to_client.first_out, from_client.ended_at or end)
+        letters = history(self.record, ends)
+        return letters, state(letters, ended=self.phase is Phase.OVER)
+
+    # Connecting ---------------------------------------------------------------------------------
+
+    def _choose(self, pool: Pool, now: float) -> Actions:
+        """The next upstream that was not tried yet, and the dial of its first address."""
+        upstream = pool.choose(self._tried)
+        if upstream is None:
+            return self._give_up()
+        self._tried.append(upstream)
+        self._candidates = list(upstream.addresses)
+        self.record.upstream = upstream.name
+        if self.record.dialled_at is None:
+            self.record.dialled_at = now
+        return self._dial(now)
+
+    def _dial(self, now: float) -> Actions:
+        self.phase = Phase.CONNECTING
+        self._attempt += 1
+        self.record.upstream_address = address = self._candidates.pop(0)
+        # what is left of the budget is shared with the dials that may still follow
+        assert self.record.dialled_at is not None
+        left = self.record.dialled_at + self._limits.timeouts.connect - now
+        self._dial_deadline = now + left / (1 + len(self._candidates) + self._further_upstreams())
+        return self._do(Dial(self._attempt, address))
+
+    def _further_upstreams(self) -> int:
+        assert self._pool is not None
+        return min(self._retries, len(self._pool.upstreams) - len(self._tried))
+
+    def _dial_failed(self, loss: Loss, now: float) -> Actions:
+        assert self._pool is not None
+        self._dial_loss = loss
+        if self._candidates:
+            return self._dial(now)
+        if self._further_upstreams() > 0:
+            self._retries -= 1
+            return self._choose(self._pool, now)
+        return self._give_up()
+
+    def _give_up(self) -> Actions:
+        """No dial is left. How to tell the client depends on whether it has sent anything."""
+        self._gave_up = True
+        return self._do(Probe(CLIENT))
+
+    def _dialled(self, now: float) -> Actions:
+        self.record.connected_at = now
+        return self._begin(now)
+
+    def _begin(self, now: float) -> Actions:
+        self.phase = Phase.RELAYING
+        self.record.moved_at = now
+        return self._do(BeginRelay())
+
+    # Ending -------------------------------------------------------------------------------------
+
+    def _finished(self, relay: Relay, now: float) -> Actions:
+        if relay.finished_at is not None:
+            return ()
+        relay.finished_at = now
+        if not relay.discarding and relay.sink is CLIENT:
+            self.record.our_end_at = now
+        if all(each.finished_at is not None for each in self.relays):
+            if self._broken is not None:
+                return self._end_broken(self._broken, now)
+            first = min(self.relays, key=lambda each: each.ended_at or now)
+            return self._end("--", first.source, now, orderly=True)
+        if relay.discarding:
+            return ()
+        if self._broken is not None:
+            return self._do(SendEnd(relay.sink), Probe(relay.sink))
+        return self._do(SendEnd(relay.sink))
+
+    def _lose(self, leg: Side, loss: Loss, now: float) -> Actions:
+        if leg in self._lost:
+            return ()
+        self._lost.append(leg)
+        if leg is CLIENT:
+            self.record.peer_reset_at = now
+        if self._broken is not None:  # both are gone; the first is the cause
+            return self._end_broken(self._broken, now)
+        if self.phase is not Phase.RELAYING:
+            return self._end(_CAUSE[leg] + self.phase.value, leg, now, loss.error)
+        outgoing = self.relay_from(leg)
+        if loss.reason is Reason.BROKEN:
+            outgoing.peer_ended = True
+        if len(self.relays) == 1 or not (outgoing.peer_ended or outgoing.ended_at is not None):
+            return self._end(_CAUSE[leg] + self._letter(), leg, now, loss.error)
+        self._broken = leg
+        self.record.error = loss.error
+        incoming = self.relay_to(leg)
+        incoming.discard()
+        if incoming.ended_at is not None:
+            incoming.finished_at = now
+        if outgoing.finished_at is None:
+            return self._do(Discard(incoming))
+        if incoming.finished_at is not None:
+            return self._end_broken(leg, now)
+        return self._do(Discard(incoming), Probe(outgoing.sink))
+
+    def _probed(self, probed: Probed, now: float) -> Actions:
+        if probed.loss is not None:
+            return self._lose(probed.leg, probed.loss, now)
+        if self._gave_up:
+            return self._refuse(probed.unread, now)
+        if (
+            self._broken is not None
+            and probed.leg is not self._broken
+            and probed.unsent == 0
+            and self.relay_from(self._broken).finished_at is not None
+        ):
+            return self._end_broken(self._broken, now)
+        return ()
+
+    def _refuse(self, unread: int, now: float) -> Actions:
+        record = self.record
+        loss = self._dial_loss
+        termination = "sQ" if loss is None else "sC" if loss.reason is Reason.TIMED_OUT else "SC"
+        if not unread:
+            record.our_end_at = now
+        record.unread = unread > 0
+        return self._end(termination, None, now, loss.error if loss else None, orderly=not unread)
+
+    def _end_broken(self, leg: Side, now: float) -> Actions:
+        """The direction from the lost leg is delivered. Where the other one has ended as well,
+        nothing is left to reset.
+        """
+        orderly = all(relay.finished_at is not None for relay in self.relays)
+        return self._end(_CAUSE[leg] + "L", leg, now, self.record.error, orderly=orderly)
+
+    def _end(
+        self,
+        termination: str,
+        by: Side | None,
+        now: float,
+        error: str | None = None,
+        *,
+        orderly: bool = False,
+    ) -> Actions:
+        """Let go of every leg: in order where nothing is cut, else by reset (rule 4)."""
+        record = self.record
+        legs = [CLIENT, UPSTREAM] if self.phase is Phase.RELAYING and len(self.relays) == 2 else [CLIENT]
+        actions: list[Action] = [Cancel(self._attempt)] if self.phase is Phase.CONNECTING else []
+        self.phase = Phase.OVER
+        record.termination = termination
+        record.closed_by = "service" if by is None else _NAME[by]
+        record.error = error
+        if not orderly and CLIENT not in self._lost:
+            record.our_reset_at = now
+        actions.extend(Close(leg) if orderly else Abort(leg) for leg in legs)
+        return self._do(*actions)
+
+    def _letter(self) -> str:
+        """HAProxy's second letter for the phase the session is in."""
+        if self.phase is Phase.RELAYING and any(
+            relay.peer_ended or relay.ended_at is not None for relay in self.relays
+        ):
+            return "L"
+        return self.phase.value
+
+    # Time ---------------------------------------------------------------------------------------
+
+    def deadline(self) -> float:
+        """When `expire` wants to be called, if nothing happens before; it may find nothing to do."""
+        times = [self._progress_at, self._patience_ends()]
+        if self._unread_legs():
+            times.append(self._probed_at + self._probe_interval())
+        return min(times)
+
+    def expire(self, now: float) -> tuple[Actions, bool]:
+        """What is due at `now`, and whether a progress line is."""
+        if self.phase is Phase.OVER:
+            return (), False
+        progress = now >= self._progress_at
+        if progress:
+            self._progress_at = now + self._limits.timeouts.progress
+        if now >= self._patience_ends():
+            return self._out_of_patience(now), progress
+        legs = self._unread_legs()
+        if legs and now >= self._probed_at + self._probe_interval():
+            self._probed_at = now
+            return self._do(*(Probe(leg) for leg in legs)), progress
+        return (), progress
+
+    def _patience_ends(self) -> float:
+        if self.phase is not Phase.RELAYING:
+            return float("inf") if self._gave_up else self._dial_deadline
+        timeouts = self._limits.timeouts
+        moved = self.record.moved_at
+        ends = [relay.ended_at for relay in self.relays if relay.ended_at is not None]
+        if ends:
+            return max(moved, *ends) + timeouts.half_close
+        return moved + timeouts.idle
+
+    def _out_of_patience(self, now: float) -> Actions:
+        if self.phase is not Phase.RELAYING:
+            late = self._attempt
+            failed = self._dial_failed(Loss(Reason.TIMED_OUT, "ETIMEDOUT"), now)
+            return [(self, Cancel(late)), *failed]
+        side = "c" if self._awaited() is CLIENT else "s"
+        return self._end(side + self._letter(), None, now)
+
+    def _awaited(self) -> Side:
+        """Whose turn it was when nothing moved any more."""
+        for relay in self.relays:
+            if relay.pending:
+                return relay.sink
+        if len(self.relays) == 1:
+            return CLIENT
+        to_upstream, to_client = self.relays
+        if to_upstream.ended_at is not None:
+            return UPSTREAM
+        if to_client.ended_at is not None:
+            return CLIENT
+        # the side that spoke last is not the one that was waited for
+        return UPSTREAM if to_upstream.last_in > to_client.last_in else CLIENT
+
+    def _unread_legs(self) -> list[Side]:
+        """The legs whose death no read would show."""
+        if self.phase is not Phase.RELAYING:
+            return [CLIENT]
+        if self._broken is not None:
+            return [self.relay_from(self._broken).sink]
+        return [relay.source for relay in self.relays if relay.pending or relay.ended_at is not None]
+
+    def _probe_interval(self) -> float:
+        """Shorter while nothing but the other leg's acknowledgements is waited for."""
+        if self._broken is not None and self.relay_from(self._broken).finished_at is not None:
+            return SETTLE_INTERVAL
+        return PROBE_INTERVAL
+
+    def _do(self, *actions: Action) -> Actions:
+        return [(self, action) for action in actions]

@@ -1,0 +1,406 @@
+"""Threads and blocking calls: one thread for each relay, which waits in recv, then in send.
+
+Backpressure is the blocking send. Control is by events under one lock, never held across I/O; a
+relay's counters belong to the thread that pumps it. A thread cannot be interrupted, so a session is
+ended by waking its threads (SHUT_RD wakes a reader, SO_SNDTIMEO a sender), and the last thread out
+closes the sockets: no descriptor is closed while another thread uses it.
+"""
+
+import contextlib
+import errno
+import select
+import socket
+import struct
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from services import vocabulary
+from services.core.datagrams import Datagrams
+from services.core.record import CLIENT, NO_TCP_INFO, UPSTREAM, Loss, Side
+from services.core.relay import Relay
+from services.core.service import Service
+from services.core.session import (
+    Abort,
+    Actions,
+    BeginRelay,
+    Cancel,
+    Close,
+    Cut,
+    Dial,
+    DialFailed,
+    Dialled,
+    Discard,
+    Event,
+    Finished,
+    Lost,
+    Probe,
+    SendEnd,
+    Session,
+)
+from services.engines import sockets
+from services.engines.base import CHUNK, DATAGRAM, MOST_DATAGRAMS, Listening
+from services.engines.deadlines import Deadlines
+
+# A sender, or a connecting thread, looks up this often whether its session still wants it.
+LOOK_UP = 0.5
+_SNDTIMEO = struct.pack("ll", 0, int(LOOK_UP * 1e6))
+# The first read of a relay; it grows to CHUNK once reads fill it, so that idle threads stay small.
+FIRST_READ = 4096
+
+
+class _Leg:
+    """One socket of a session."""
+
+    __slots__ = ("reset", "side", "sock")
+
+    def __init__(self, side: Side, sock: socket.socket) -> None:
+        self.side = side
+        self.sock = sock
+        self.reset = False  # how it is to be closed
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SNDTIMEO)
+
+
+class _Conversation:
+    """A session's legs, and how many threads are at work on them."""
+
+    __slots__ = ("legs", "threads")
+
+    def __init__(self, client: _Leg) -> None:
+        self.legs = {CLIENT: client}
+        self.threads = 0
+
+
+class Engine:
+    """See `base.py` for the contract."""
+
+    def __init__(self, listeners: Sequence[Listening], service: Service, clock: Callable[[], float]) -> None:
+        self._listeners = list(listeners)
+        self._service = service
+        self._clock = clock
+        self._dead_peer = service.timeouts.dead_peer or service.timeouts.idle
+        self._stopping = sockets.Wakeup()
+        self._posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # guards everything below, the service and the sessions; reentrant only for `_leave`
+        self._lock = threading.Lock()
+        self._conversations: dict[Session, _Conversation] = {}
+        self._deadlines = Deadlines()
+        self._rearmed = threading.Condition(self._lock)
+        self._stopped = False
+        self._acceptors: list[threading.Thread] = []
+
+    def run(self) -> None:
+        for listening in self._listeners:
+            sockets.set_options(listening.socket, self._dead_peer)
+            accept = self._answer if listening.policy.transport == "udp" else self._accept
+            self._acceptors.append(threading.Thread(target=accept, args=(listening,), daemon=True))
+        timer = threading.Thread(target=self._expire, daemon=True)
+        for thread in (timer, *self._acceptors):
+            thread.start()
+        while not self._service.drained:
+            self._posted.get()()
+        with self._lock:
+            self._stopped = True
+            self._rearmed.notify()
+        timer.join()
+        self._stopping.close()
+
+    def stop(self, reason: str) -> None:
+        if not self._service.draining:
+            self._stopping.wake()
+            for acceptor in self._acceptors:
+                acceptor.join()
+        with self._lock:
+            self._service.drain(reason, self._clock())
+            self._rearmed.notify()
+
+    def post(self, function: Callable[[], None]) -> None:
+        self._posted.put(function)
+
+    # Beginning ----------------------------------------------------------------------------------
+
+    def _accept(self, listening: Listening) -> None:
+        """The thread of one listener: waits for clients, or for the end."""
+        while not self._wait(listening):
+            self._accept_waiting(listening)
+        self._drain(listening)
+
+    def _wait(self, listening: Listening) -> bool:
+        """Until something waits at the listener; True when it is time to stop."""
+        poll = select.poll()
+        poll.register(listening.socket, select.POLLIN)
+        poll.register(self._stopping, select.POLLIN)
+        return any(fd == self._stopping.fileno() for fd, _ in poll.poll())
+
+    def _accept_waiting(self, listening: Listening) -> None:
+        """All that wait: this thread has nothing else to do, and the open sessions have their own."""
+        while True:
+            try:
+                sock, peer = listening.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in sockets.EXHAUSTED:
+                    self._pause(listening, sockets.loss_of(error))
+                    return
+                continue  # that client is gone already; the next one may not be (accept(2))
+            client, local = sockets.client_address(peer), sockets.local_address(listening.address, sock)
+            waited = sockets.accept_wait(sock)
+            leg = _Leg(CLIENT, sock)
+            with self._lock:
+                now = self._clock()
+                session, actions = self._service.accept(listening.policy, client, local, waited, now)
+                conversation = self._conversations[session] = _Conversation(leg)
+                conversation.threads += 1
+                self._arm(session)
+            self._perform(actions)
+            self._leave(session)
+
+    def _dial(self, session: Session, dial: Dial) -> None:
+        """The thread of one dial. connect(2) waits for LOOK_UP at most, and may be called again."""
+        try:
+            sock = sockets.dial_socket(dial.address, self._dead_peer)
+        except OSError as error:
+            self._tell(session, DialFailed(dial.attempt, sockets.loss_of(error)))
+            return
+        leg = _Leg(UPSTREAM, sock)
+        with self._lock:
+            if not session.awaits(dial.attempt):  # given up before it began
+                sock.close()
+                return
+            self._conversations[session].legs[UPSTREAM] = leg
+        number = errno.EINPROGRESS
+        while number in {errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN} and session.awaits(dial.attempt):
+            number = sock.connect_ex(sockets.sockaddr(dial.address))
+        if number or not session.awaits(dial.attempt):
+            sock.close()
+            self._tell(session, DialFailed(dial.attempt, sockets.loss_of_errno(number)))
+        else:
+            self._tell(session, Dialled(dial.attempt))
+
+    def _perform(self, actions: Actions) -> None:
+        for session, action in actions:
+            legs = self._conversations[session].legs
+            match action:
+                case BeginRelay():
+                    for relay in session.relays:
+                        self._spawn(session, self._pump, relay, legs[relay.source], legs[relay.sink])
+                case Dial():
+                    self._spawn(session, self._dial, action)
+                case SendEnd(side):
+                    self._half_close(legs[side])
+                case Close():
+                    pass  # by the last thread out
+                case Abort(side):
+                    self._close(legs[side])
+                case Cancel():
+                    if UPSTREAM in legs:
+                        self._cancel(legs[UPSTREAM])
+                case Probe(side):
+                    self._tell(session, sockets.probe(side, legs[side].sock))
+                case Discard():
+                    pass  # the relay's own thread sees it
+
+    # Relaying -----------------------------------------------------------------------------------
+
+    def _pump(self, session: Session, relay: Relay, source: _Leg, sink: _Leg) -> None:
+        """The thread of one relay: waits for bytes, and until the sink has taken them."""
+        recv, clock = source.sock.recv, self._clock
+        size = min(FIRST_READ, relay.limit)
+        while not session.over:
+            try:
+                data = recv(size)
+            except OSError as error:
+                self._tell(session, Lost(source.side, sockets.loss_of(error)))
+                data = b""  # if its loss was known: that it can no longer be read is its end
+            if session.over:
+                return
+            if not data:
+                relay.ended(clock())
+                self._tell(session, Finished(relay))
+                return
+            relay.received(len(data), clock())
+            if not relay.discarding:
+                self._send(session, relay, sink, data)
+            if len(data) == size:
+                size = min(4 * size, CHUNK, relay.limit)
+
+    def _send(self, session: Session, relay: Relay, sink: _Leg, data: bytes) -> None:
+        """Until the sink has taken `data`, or is not to get it any more."""
+        rest = memoryview(data)
+        while not session.over and not relay.discarding:
+            try:
+                sent = sink.sock.send(rest)
+            except BlockingIOError:
+                relay.blocked()
+                relay.pause(self._clock() - LOOK_UP)
+                with self._lock:
+                    self._arm(session)
+            except OSError as error:
+                self._tell(session, Lost(sink.side, sockets.loss_of(error)))
+            else:
+                relay.sent(sent, self._clock())
+                if sent == len(rest):
+                    return
+                rest = rest[sent:]
+
+    def _half_close(self, leg: _Leg) -> None:
+        # a leg that was reset meanwhile says so to its next read or probe
+        with contextlib.suppress(OSError):
+            leg.sock.shutdown(socket.SHUT_WR)
+
+    # Time ---------------------------------------------------------------------------------------
+
+    def _arm(self, session: Session) -> None:
+        """With the lock held."""
+        if not session.over and self._deadlines.arm(session):
+            self._rearmed.notify()
+
+    def _expire(self) -> None:
+        """The timer thread."""
+        while True:
+            with self._lock:
+                now = self._clock()
+                while not self._stopped and now < (due := self._next_deadline()):
+                    self._rearmed.wait(min(due - now, threading.TIMEOUT_MAX))
+                    now = self._clock()
+                if self._stopped:
+                    return
+                session = self._deadlines.pop(now)
+                actions = [*self._service.expire(now)]
+                if session is not None:
+                    actions += self._service.expire_session(session, now)
+                    self._arm(session)
+                sessions = self._enter(actions)
+            self._perform(actions)
+            for each in sessions:
+                self._leave(each)
+
+    def _next_deadline(self) -> float:
+        return min(self._deadlines.next(), self._service.deadline())
+
+    # Threads ------------------------------------------------------------------------------------
+
+    def _tell(self, session: Session, event: Event) -> None:
+        """Hand an event to the session and do what it says."""
+        with self._lock:
+            actions = session.handle(event, self._clock())
+            self._arm(session)
+            sessions = self._enter(actions)
+        self._perform(actions)
+        for each in sessions:
+            self._leave(each)
+
+    def _enter(self, actions: Actions) -> set[Session]:
+        """With the lock held: this thread is about to work on the legs of these sessions."""
+        sessions = {session for session, _ in actions}
+        for session in sessions:
+            self._conversations[session].threads += 1
+        return sessions
+
+    def _spawn(self, session: Session, work: Callable[..., None], *arguments: object) -> None:
+        with self._lock:
+            self._conversations[session].threads += 1
+        thread = threading.Thread(target=self._work, args=(session, work, *arguments), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no further thread (pthread_create(3): EAGAIN)
+            self._tell(session, Cut("R", "EAGAIN"))
+            self._leave(session)
+
+    def _work(self, session: Session, work: Callable[..., None], *arguments: object) -> None:
+        """A session's thread, from its first line to its last."""
+        try:
+            work(session, *arguments)
+        except Exception as error:  # noqa: BLE001  a bug of ours costs one session
+            with self._lock:
+                self._service.fault(session, repr(error), traceback.format_exc())
+            self._tell(session, Cut("I", type(error).__name__))
+        finally:
+            self._leave(session)
+
+    def _leave(self, session: Session) -> None:
+        """The calling thread is done with the session; the last one out closes its sockets."""
+        with self._lock:
+            conversation = self._conversations[session]
+            conversation.threads -= 1
+            if conversation.threads or not session.over:
+                return
+            del self._conversations[session]
+            self._deadlines.forget(session)
+        infos = dict.fromkeys(Side, NO_TCP_INFO)
+        for side, leg in conversation.legs.items():
+            if leg.sock.fileno() >= 0:
+                infos[side] = sockets.tcp_info(leg.sock)
+                if leg.reset:
+                    sockets.reset_on_close(leg.sock)
+                leg.sock.close()
+        with self._lock:
+            self._service.retire(session, self._clock(), infos[CLIENT], infos[UPSTREAM])
+            drained = self._service.drained
+        if drained:
+            self.post(lambda: None)  # `run` looks again
+
+    # Ending -------------------------------------------------------------------------------------
+
+    def _close(self, leg: _Leg) -> None:
+        """Have the leg reset, and wake the thread that reads it; one that sends wakes by itself."""
+        leg.reset = True
+        with contextlib.suppress(OSError):
+            leg.sock.shutdown(socket.SHUT_RD)
+
+    def _cancel(self, leg: _Leg) -> None:
+        """Wake the thread that waits in connect."""
+        with contextlib.suppress(OSError):
+            leg.sock.shutdown(socket.SHUT_RDWR)
+
+    def _drain(self, listening: Listening) -> None:
+        """Accept what already waits, then stop listening."""
+        if listening.policy.transport != "udp":
+            self._accept_waiting(listening)
+        listening.socket.close()
+
+    # Listeners ----------------------------------------------------------------------------------
+
+    def _pause(self, listening: Listening, loss: Loss) -> None:
+        """Out of descriptors: open sessions go on, and accepting is tried again a little later."""
+        self._service.emit(
+            vocabulary.ListenerPaused(
+                listener=listening.policy.name,
+                error=loss.error,
+                pause_us=int(sockets.EXHAUSTED_PAUSE * 1e6),
+            )
+        )
+        select.select([self._stopping], [], [], sockets.EXHAUSTED_PAUSE)
+
+    def _answer(self, listening: Listening) -> None:
+        """The thread of one UDP socket: echoes what comes. What the kernel will not take at once is
+        dropped and counted.
+        """
+        sock = listening.socket
+        with self._lock:
+            datagrams = Datagrams(listening.policy, listening.address, self._service)
+        while not self._wait(listening):
+            for _ in range(MOST_DATAGRAMS):
+                try:
+                    data, peer = sock.recvfrom(DATAGRAM)
+                except BlockingIOError:
+                    break
+                except OSError:  # ICMP about an earlier reply
+                    continue
+                with self._lock:
+                    session = datagrams.received(peer[0], peer[1], len(data), self._clock())
+                    self._rearmed.notify()
+                if session is None:
+                    continue
+                try:
+                    sock.sendto(data, peer)
+                except OSError:
+                    with self._lock:
+                        datagrams.dropped()
+                else:
+                    session.answered(len(data), self._clock())
+        with self._lock:
+            datagrams.close(self._clock())
+        self._drain(listening)

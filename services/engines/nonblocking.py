@@ -1,0 +1,426 @@
+"""One thread, one selector, non-blocking sockets: `BlockingIOError` is an ordinary answer.
+
+The loop asks the kernel which sockets are ready and does, for each, what can be done without
+waiting: at most one read, sent on at once. Only what the kernel did not take is kept, and only then
+interest in writing is registered. Interest is never set by hand: it is derived from the relays.
+"""
+
+import contextlib
+import errno
+import heapq
+import itertools
+import selectors
+import socket
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import Any
+
+from services import vocabulary
+from services.core.datagrams import Datagrams
+from services.core.record import CLIENT, NO_TCP_INFO, UPSTREAM, Loss, Side
+from services.core.service import Service
+from services.core.session import (
+    Abort,
+    Actions,
+    BeginRelay,
+    Cancel,
+    Close,
+    Cut,
+    Dial,
+    DialFailed,
+    Dialled,
+    Discard,
+    Event,
+    Finished,
+    Lost,
+    Probe,
+    SendEnd,
+    Session,
+)
+from services.engines import sockets
+from services.engines.base import CHUNK, DATAGRAM, MOST_ACCEPTS, MOST_DATAGRAMS, Listening
+from services.engines.deadlines import NEVER, Deadlines
+
+
+class _Leg:
+    """One socket of a session, and the two relays that meet there (the same one for echo)."""
+
+    __slots__ = (
+        "inbound",
+        "info",
+        "interest",
+        "open",
+        "opposite",
+        "outbound",
+        "pump",
+        "session",
+        "side",
+        "sock",
+        "waiting",
+    )
+
+    def __init__(self, session: Session, side: Side, sock: socket.socket) -> None:
+        self.session = session
+        self.side = side
+        self.sock = sock
+        self.open = True
+        self.inbound = session.relay_from(side)
+        self.outbound = session.relay_to(side)
+        self.opposite = self  # where what is read here goes
+        self.waiting = bytearray()  # what the kernel did not take yet
+        self.interest = 0
+        self.pump: Callable[[int], None] | None = None
+        self.info = NO_TCP_INFO
+
+
+class Engine:
+    """See `base.py` for the contract."""
+
+    def __init__(self, listeners: Sequence[Listening], service: Service, clock: Callable[[], float]) -> None:
+        self._listeners = list(listeners)
+        self._service = service
+        self._clock = clock
+        self._dead_peer = service.timeouts.dead_peer or service.timeouts.idle
+        self._selector = selectors.DefaultSelector()
+        self._wakeup = sockets.Wakeup()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._legs: dict[Session, dict[Side, _Leg]] = {}
+        self._datagrams: dict[Listening, Datagrams] = {}
+        self._deadlines = Deadlines()
+        self._service_deadline = service.deadline()
+        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+
+    def run(self) -> None:
+        select, clock = self._selector.select, self._clock
+        self._selector.register(self._wakeup, EVENT_READ, self._run_posted)
+        for listening in self._listeners:
+            sockets.set_options(listening.socket, self._dead_peer)
+            if listening.policy.transport == "udp":
+                self._datagrams[listening] = Datagrams(listening.policy, listening.address, self._service)
+            self._listen(listening)
+        while not self._service.drained:
+            now, due = clock(), self._next_deadline()
+            if now >= due:
+                self._expire(now)
+                continue
+            for key, events in select(due - now):
+                try:
+                    key.data(events)
+                except Exception as error:  # noqa: BLE001  a bug of ours costs one session, not the loop
+                    self._fault(key.data, error)
+        self._selector.close()
+        self._wakeup.close()
+
+    def stop(self, reason: str) -> None:
+        if not self._service.draining:
+            self._drain()
+        self._service.drain(reason, self._clock())
+        self._service_deadline = self._service.deadline()
+
+    def post(self, function: Callable[[], None]) -> None:
+        self._posted.append(function)
+        self._wakeup.wake()
+
+    def _run_posted(self, _events: int) -> None:
+        self._wakeup.clear()
+        while self._posted:
+            self._posted.popleft()()
+
+    # Beginning ----------------------------------------------------------------------------------
+
+    def _accept(self, listening: Listening, _events: int, most: float = MOST_ACCEPTS) -> None:
+        accepted = 0
+        while accepted < most:
+            try:
+                sock, peer = listening.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in sockets.EXHAUSTED:
+                    self._pause(listening, sockets.loss_of(error))
+                    return
+                continue  # that client is gone already; the next one may not be (accept(2))
+            accepted += 1
+            sock.setblocking(False)
+            now = self._clock()
+            session, actions = self._service.accept(
+                listening.policy,
+                sockets.client_address(peer),
+                sockets.local_address(listening.address, sock),
+                sockets.accept_wait(sock),
+                now,
+            )
+            self._legs[session] = {CLIENT: _Leg(session, CLIENT, sock)}
+            self._perform(actions, now)
+            self._service_deadline = self._service.deadline()
+
+    def _dial(self, session: Session, dial: Dial, now: float) -> None:
+        try:
+            sock = sockets.dial_socket(dial.address, self._dead_peer)
+        except OSError as error:
+            self._tell(session, DialFailed(dial.attempt, sockets.loss_of(error)), now)
+            return
+        sock.setblocking(False)
+        leg = self._legs[session][UPSTREAM] = _Leg(session, UPSTREAM, sock)
+        self._connect(leg, dial, 0)
+
+    def _connect(self, leg: _Leg, dial: Dial, _events: int) -> None:
+        """Begin, or look after, a connection attempt: connect(2) may be called until it is connected."""
+        if not leg.open:
+            return
+        number = leg.sock.connect_ex(sockets.sockaddr(dial.address))
+        if number in {errno.EINPROGRESS, errno.EALREADY}:
+            if not leg.interest:
+                leg.interest = EVENT_WRITE
+                self._selector.register(leg.sock, EVENT_WRITE, partial(self._connect, leg, dial))
+            return
+        if number == errno.EAGAIN:  # a UNIX listener's backlog is full, and no event tells when it is not
+            self._call_later(sockets.EXHAUSTED_PAUSE, partial(self._connect, leg, dial, 0))
+            return
+        now = self._clock()
+        self._unwatch(leg)
+        if number:
+            leg.open = False
+            leg.sock.close()
+            event: DialFailed | Dialled = DialFailed(dial.attempt, sockets.loss_of_errno(number))
+        else:
+            event = Dialled(dial.attempt)
+        self._tell(leg.session, event, now)
+
+    def _perform(self, actions: Actions, now: float) -> None:
+        for session, action in actions:
+            legs = self._legs.get(session)
+            if legs is None:  # an earlier action ended it
+                continue
+            match action:
+                case BeginRelay():
+                    for leg in legs.values():
+                        leg.opposite = legs[leg.inbound.sink]
+                        self._watch(leg, now)
+                case Dial():
+                    self._dial(session, action, now)
+                case SendEnd(side):
+                    self._half_close(legs[side])
+                case Close(side):
+                    self._close(legs[side], now)
+                case Abort(side):
+                    self._close(legs[side], now, reset=True)
+                case Cancel():
+                    if UPSTREAM in legs:
+                        self._close(legs[UPSTREAM], now, reset=True)
+                case Probe(side):
+                    self._tell(session, sockets.probe(side, legs[side].sock), now)
+                case Discard(relay):
+                    legs[relay.sink].waiting.clear()
+                    self._watch(legs[relay.sink], now)
+                    self._watch(legs[relay.source], now)
+            if not session.over:
+                self._deadlines.arm(session)
+
+    def _tell(self, session: Session, event: Event, now: float) -> None:
+        self._perform(session.handle(event, now), now)
+
+    # Relaying -----------------------------------------------------------------------------------
+
+    def _pump(self, leg: _Leg, events: int) -> None:
+        """`leg` is ready. What was read is sent on at once; interest changes only where that fails."""
+        now = self._clock()
+        if events & EVENT_WRITE and leg.waiting:
+            self._flush(leg, now)
+        relay = leg.inbound
+        if not events & EVENT_READ or relay.room <= 0 or not leg.open:
+            return
+        try:
+            data = leg.sock.recv(min(CHUNK, relay.room))
+        except BlockingIOError:
+            relay.blocked()
+            return
+        except OSError as error:
+            self._tell(leg.session, Lost(leg.side, sockets.loss_of(error)), now)
+            if not leg.open:
+                return
+            data = b""  # its loss was known; that it can no longer be read is its end
+        if not data:
+            relay.ended(now)
+            self._watch(leg, now)
+            if relay.finished:
+                self._tell(leg.session, Finished(relay), now)
+            else:
+                self._deadlines.arm(leg.session)
+            return
+        size = len(data)
+        relay.received(size, now)
+        if relay.discarding:
+            return
+        sink = leg.opposite
+        if not sink.waiting:
+            try:
+                sent = sink.sock.send(data)
+            except BlockingIOError:
+                relay.blocked()
+                sent = 0
+            except OSError as error:
+                self._tell(leg.session, Lost(sink.side, sockets.loss_of(error)), now)
+                return
+            if sent:
+                relay.sent(sent, now)
+            if sent == size:
+                return
+            data = data[sent:]
+        sink.waiting += data
+        self._watch(sink, now)
+        self._watch(leg, now)
+        self._deadlines.arm(leg.session)
+
+    def _flush(self, leg: _Leg, now: float) -> None:
+        relay = leg.outbound
+        try:
+            sent = leg.sock.send(leg.waiting)
+        except BlockingIOError:
+            relay.blocked()
+            return
+        except OSError as error:
+            self._tell(leg.session, Lost(leg.side, sockets.loss_of(error)), now)
+            return
+        del leg.waiting[:sent]
+        relay.sent(sent, now)
+        self._watch(leg, now)
+        self._watch(self._legs[leg.session][relay.source], now)
+        if relay.finished:
+            self._tell(leg.session, Finished(relay), now)
+
+    def _watch(self, leg: _Leg, now: float) -> None:
+        """Derive what the selector should report of `leg` from its relays."""
+        interest = 0
+        if leg.open:
+            if leg.inbound.wants_read:
+                interest = EVENT_READ
+            elif leg.inbound.ended_at is None:
+                leg.inbound.pause(now)
+            if leg.outbound.wants_write:
+                interest |= EVENT_WRITE
+        if interest == leg.interest:
+            return
+        if not interest:
+            self._unwatch(leg)
+        elif leg.interest:
+            self._selector.modify(leg.sock, interest, leg.pump)
+        else:
+            leg.pump = leg.pump or partial(self._pump, leg)
+            self._selector.register(leg.sock, interest, leg.pump)
+        leg.interest = interest
+
+    def _unwatch(self, leg: _Leg) -> None:
+        if leg.interest:
+            self._selector.unregister(leg.sock)
+            leg.interest = 0
+
+    def _half_close(self, leg: _Leg) -> None:
+        # a leg that was reset meanwhile says so to its next read or probe
+        with contextlib.suppress(OSError):
+            leg.sock.shutdown(socket.SHUT_WR)
+
+    # Time ---------------------------------------------------------------------------------------
+
+    def _call_later(self, delay: float, function: Callable[[], None]) -> None:
+        heapq.heappush(self._later, (self._clock() + delay, next(self._order), function))
+
+    def _next_deadline(self) -> float:
+        later = self._later[0][0] if self._later else NEVER
+        return min(self._deadlines.next(), self._service_deadline, later)
+
+    def _expire(self, now: float) -> None:
+        self._perform(self._service.expire(now), now)
+        self._service_deadline = self._service.deadline()
+        while (session := self._deadlines.pop(now)) is not None:
+            self._perform(self._service.expire_session(session, now), now)
+            if not session.over:
+                self._deadlines.arm(session)
+        while self._later and self._later[0][0] <= now:
+            heapq.heappop(self._later)[2]()
+
+    def _fault(self, callback: Any, error: Exception) -> None:
+        """`callback` is the partial whose call raised: its first argument says whose fault it is."""
+        now = self._clock()
+        leg = callback.args[0] if isinstance(callback, partial) else None
+        session = leg.session if isinstance(leg, _Leg) else None
+        self._service.fault(session, repr(error), traceback.format_exc())
+        if session is not None:
+            self._tell(session, Cut("I", type(error).__name__), now)
+
+    # Ending -------------------------------------------------------------------------------------
+
+    def _close(self, leg: _Leg, now: float, *, reset: bool = False) -> None:
+        """Let go of `leg`; with the last one of its session, the session is retired."""
+        if leg.open:
+            leg.open = False
+            self._unwatch(leg)
+            leg.info = sockets.tcp_info(leg.sock)
+            if reset:
+                sockets.reset_on_close(leg.sock)
+            leg.sock.close()
+        legs = self._legs[leg.session]
+        if leg.session.over and not any(each.open for each in legs.values()):
+            del self._legs[leg.session]
+            self._deadlines.forget(leg.session)
+            infos = [legs[side].info if side in legs else NO_TCP_INFO for side in Side]
+            self._service.retire(leg.session, now, *infos)
+
+    def _drain(self) -> None:
+        """Accept what already waits, then stop listening."""
+        for listening in self._listeners:
+            if listening.policy.transport == "udp":
+                self._datagrams[listening].close(self._clock())
+            else:
+                self._accept(listening, EVENT_READ, most=NEVER)
+            self._unlisten(listening)
+            listening.socket.close()
+
+    # Listeners ----------------------------------------------------------------------------------
+
+    def _listen(self, listening: Listening) -> None:
+        if listening.socket.fileno() >= 0:
+            ready = self._answer if listening.policy.transport == "udp" else self._accept
+            self._selector.register(listening.socket, EVENT_READ, partial(ready, listening))
+
+    def _unlisten(self, listening: Listening) -> None:
+        if listening.socket in self._selector.get_map():
+            self._selector.unregister(listening.socket)
+
+    def _pause(self, listening: Listening, loss: Loss) -> None:
+        """Out of descriptors: open sessions go on, and accepting is tried again a little later."""
+        self._unlisten(listening)
+        self._call_later(sockets.EXHAUSTED_PAUSE, partial(self._listen, listening))
+        self._service.emit(
+            vocabulary.ListenerPaused(
+                listener=listening.policy.name,
+                error=loss.error,
+                pause_us=int(sockets.EXHAUSTED_PAUSE * 1e6),
+            )
+        )
+
+    def _answer(self, listening: Listening, _events: int) -> None:
+        """Echo the datagrams that wait. What the kernel will not take at once is dropped and counted."""
+        sock, datagrams = listening.socket, self._datagrams[listening]
+        for _ in range(MOST_DATAGRAMS):
+            try:
+                data, peer = sock.recvfrom(DATAGRAM)
+            except BlockingIOError:
+                break
+            except OSError:  # ICMP about an earlier reply
+                continue
+            now = self._clock()
+            session = datagrams.received(peer[0], peer[1], len(data), now)
+            if session is None:
+                continue
+            try:
+                sock.sendto(data, peer)
+            except OSError:
+                datagrams.dropped()
+            else:
+                session.answered(len(data), now)
+        self._service_deadline = self._service.deadline()

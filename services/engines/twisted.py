@@ -1,0 +1,500 @@
+"""The Twisted reactor: transports, protocols and producers, through their public interfaces only.
+
+The transport owns what waits to be written, and when a FIN may go out. It lets us know that it is full
+(`pauseProducing`) or empty again (`resumeProducing`), and that everything is written and the FIN is out
+(`writeConnectionLost`). So a relay's end is handed to the transport as soon as it is read, and is
+`Finished` when the transport says so; bytes count as sent once a transport that is not full has them.
+
+Listening sockets are read by descriptors of our own and the clients adopted (`IReactorSocket`): a port
+of Twisted's accepts and closes clients when descriptors run out, and on a UNIX socket it changes the
+mode, cuts the backlog to 50 and removes the path of a socket that is not ours.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, IReadDescriptor
+from twisted.internet.main import installReactor
+from twisted.internet.protocol import ClientFactory, DatagramProtocol, Protocol
+from twisted.logger import LogEvent, LogLevel, formatEvent, globalLogBeginner
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from services import vocabulary
+from services.core.datagrams import Datagrams
+from services.core.record import CLIENT, NO_TCP_INFO, UPSTREAM, Loss, Reason, Side
+from services.core.service import Service
+from services.core.session import (
+    Abort,
+    Actions,
+    BeginRelay,
+    Cancel,
+    Close,
+    Cut,
+    Dial,
+    DialFailed,
+    Dialled,
+    Discard,
+    Event,
+    Finished,
+    Lost,
+    Probe,
+    SendEnd,
+    Session,
+)
+from services.engines import sockets
+from services.engines.base import CHUNK, DATAGRAM, MOST_ACCEPTS, Listening
+from services.engines.deadlines import NEVER
+
+try:
+    from twisted.internet.epollreactor import EPollReactor as _Reactor
+except ImportError:  # not Linux
+    from twisted.internet.pollreactor import PollReactor as _Reactor  # type: ignore[assignment]
+
+# How a transport says that its connection is gone; anything else is an exception of ours.
+_GONE: Final = (ConnectionDone, ConnectionLost, ConnectionAborted)
+
+
+@implementer(IHalfCloseableProtocol, IPushProducer)
+class _Leg(Protocol):
+    """A session's transport; for the opposite transport, the producer of what is read here."""
+
+    # one of TCP's or UNIX's; the interfaces differ in nothing that is used here
+    transport: Any
+
+    def __init__(self, engine: "Engine", session: Session, side: Side) -> None:
+        self.engine = engine
+        self.session = session
+        self.side = side
+        self.inbound = session.relay_from(side)
+        self.outbound = session.relay_to(side)
+        self.opposite = self
+        self.dial: Dial | None = None
+        self.open = False
+        self.released = False
+        # the transport holds more than its buffer size, and has paused its producer
+        self.full = False
+        # the transport held nothing when it was told that no more would come
+        self.emptied = False
+        self.info = NO_TCP_INFO
+
+    def connectionMade(self) -> None:  # noqa: N802  the names here and below are Twisted's
+        self.open = True
+        # a transport holds what exceeds its buffer size by one read: together, the relay's limit
+        self.transport.bufferSize = max(1, min(CHUNK, self.inbound.limit // 2))
+        if self.dial is not None:
+            self.engine._dialled(self, self.dial)  # noqa: SLF001
+
+    def dial_failed(self, reason: Failure) -> None:
+        if self.dial is not None:
+            self.engine._dial_failed(self, self.dial, reason)  # noqa: SLF001
+
+    def dataReceived(self, data: bytes) -> None:  # noqa: N802
+        self.engine._pump(self, data)  # noqa: SLF001  a leg is a part of its engine
+
+    def readConnectionLost(self) -> None:  # noqa: N802
+        self.engine._ended(self)  # noqa: SLF001
+
+    def writeConnectionLost(self) -> None:  # noqa: N802
+        self.engine._flushed(self)  # noqa: SLF001
+
+    def connectionLost(self, reason: Failure = Failure(ConnectionDone())) -> None:  # noqa: B008, N802
+        self.engine._gone(self, reason)  # noqa: SLF001
+
+    def pauseProducing(self) -> None:  # noqa: N802
+        self.opposite.full = True
+        self.transport.pauseProducing()
+        self.inbound.pause(self.engine._clock())  # noqa: SLF001
+        self.engine._arm(self.session)  # noqa: SLF001
+
+    def resumeProducing(self) -> None:  # noqa: N802
+        self.opposite.full = False
+        relay = self.inbound
+        if relay.pending:
+            relay.sent(relay.pending, self.engine._clock())  # noqa: SLF001
+        if relay.ended_at is None:
+            self.transport.resumeProducing()
+
+    def stopProducing(self) -> None:  # noqa: N802
+        """The opposite transport is gone; the session decides what becomes of this one."""
+
+
+class _Adoption(ClientFactory):
+    """Gives a transport, accepted or dialled, to the leg that waits for it."""
+
+    noisy = False
+
+    def __init__(self, leg: _Leg) -> None:
+        self._leg = leg
+
+    def buildProtocol(self, addr: object) -> _Leg:  # noqa: ARG002, N802
+        return self._leg
+
+    def clientConnectionFailed(self, connector: object, reason: Failure) -> None:  # noqa: ARG002, N802
+        self._leg.dial_failed(reason)
+
+
+@implementer(IReadDescriptor)
+class _Acceptor:
+    """A listening socket as the reactor sees it."""
+
+    def __init__(self, engine: "Engine", listening: Listening) -> None:
+        self._engine = engine
+        self._listening = listening
+
+    def fileno(self) -> int:
+        return self._listening.socket.fileno()
+
+    def doRead(self) -> None:  # noqa: N802
+        self._engine._accept(self._listening)  # noqa: SLF001
+
+    def logPrefix(self) -> str:  # noqa: N802
+        return self._listening.policy.name
+
+    def connectionLost(self, reason: Failure) -> None:  # noqa: N802
+        """The reactor cannot poll it any more; its socket is closed by the drain."""
+
+
+class _Answerer(DatagramProtocol):
+    """A UDP socket: echoes what comes. What the kernel will not take at once is dropped and counted."""
+
+    transport: Any
+
+    def __init__(self, engine: "Engine", datagrams: Datagrams) -> None:
+        self._engine = engine
+        self.datagrams = datagrams
+
+    def datagramReceived(self, datagram: bytes, addr: Any) -> None:  # noqa: N802
+        self._engine._answer(self, datagram, addr)  # noqa: SLF001
+
+
+class Engine:
+    """See `base.py` for the contract."""
+
+    def __init__(self, listeners: Sequence[Listening], service: Service, clock: Callable[[], float]) -> None:
+        self._listeners = list(listeners)
+        self._service = service
+        self._clock = clock
+        self._dead_peer = service.timeouts.dead_peer or service.timeouts.idle
+        self._reactor: Any = _Reactor()
+        # the reactor's own clock is the wall's: when that is set, every timer would move
+        self._reactor.seconds = clock
+        installReactor(self._reactor)
+        self._legs: dict[Session, dict[Side, _Leg]] = {}
+        self._connectors: dict[Session, Any] = {}
+        self._timers: dict[Session, Any] = {}
+        self._service_timer: Any = None
+        self._acceptors: dict[Listening, _Acceptor] = {}
+        self._answerers: dict[Listening, tuple[_Answerer, Any]] = {}
+        self._reason = ""
+        self._drained: Deferred[None] = Deferred()
+
+    def run(self) -> None:
+        observers: Any = [self._observe]
+        globalLogBeginner.beginLoggingTo(observers, redirectStandardIO=False, discardBuffer=True)
+        for listening in self._listeners:
+            sockets.set_options(listening.socket, self._dead_peer)
+            self._listen(listening)
+        self._arm_service()
+        self._reactor.addSystemEventTrigger("before", "shutdown", self._drain)
+        self._reactor.run(installSignalHandlers=False)
+
+    def stop(self, reason: str) -> None:
+        if self._service.draining:
+            self._service.drain(reason, self._clock())
+            self._arm_service()
+        else:
+            self._reason = reason
+            self._reactor.stop()  # which drains first
+
+    def post(self, function: Callable[[], None]) -> None:
+        self._reactor.callFromThread(function)
+
+    # Beginning ----------------------------------------------------------------------------------
+
+    def _accept(self, listening: Listening, most: float = MOST_ACCEPTS) -> None:
+        accepted = 0
+        while accepted < most:
+            try:
+                sock, peer = listening.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in sockets.EXHAUSTED:
+                    self._pause(listening, sockets.loss_of(error))
+                    return
+                continue  # that client is gone already; the next one may not be (accept(2))
+            accepted += 1
+            sock.setblocking(False)
+            now = self._clock()
+            session, actions = self._service.accept(
+                listening.policy,
+                sockets.client_address(peer),
+                sockets.local_address(listening.address, sock),
+                sockets.accept_wait(sock),
+                now,
+            )
+            leg = _Leg(self, session, CLIENT)
+            self._legs[session] = {CLIENT: leg}
+            try:
+                self._reactor.adoptStreamConnection(sock.fileno(), sock.family, _Adoption(leg))
+                leg.transport.pauseProducing()
+            except OSError as error:  # the transport's descriptor is a duplicate: the last one was taken
+                actions = session.handle(Cut("R", sockets.loss_of(error).error), now)
+            sock.close()
+            self._perform(actions)
+            self._arm_service()
+
+    def _dial(self, session: Session, dial: Dial) -> None:
+        leg = self._legs[session][UPSTREAM] = _Leg(self, session, UPSTREAM)
+        leg.dial = dial
+        host, port = dial.address.host, dial.address.port
+        if dial.address.transport == "unix":
+            connector = self._reactor.connectUNIX(host, _Adoption(leg), timeout=None)
+        else:
+            connector = self._reactor.connectTCP(host, port, _Adoption(leg), timeout=None)
+        self._connectors[session] = connector
+
+    def _dialled(self, leg: _Leg, dial: Dial) -> None:
+        sockets.set_options(leg.transport.getHandle(), self._dead_peer)
+        self._tell(leg.session, Dialled(dial.attempt))
+
+    def _dial_failed(self, leg: _Leg, dial: Dial, reason: Failure) -> None:
+        assert reason.value is not None
+        self._tell(leg.session, DialFailed(dial.attempt, sockets.loss_of(reason.value)))
+
+    def _perform(self, actions: Actions) -> None:
+        for session, action in actions:
+            legs = self._legs.get(session)
+            if legs is None:  # an earlier action ended it
+                continue
+            match action:
+                case BeginRelay():
+                    for leg in legs.values():
+                        leg.opposite = legs[leg.inbound.sink]
+                        leg.opposite.transport.registerProducer(leg, True)
+                        leg.transport.resumeProducing()
+                case Dial():
+                    self._dial(session, action)
+                case SendEnd():
+                    pass  # the transport did, after the last byte: see `_ended`
+                case Close(side):
+                    self._close(legs[side])
+                case Abort(side):
+                    self._close(legs[side], reset=True)
+                case Cancel():
+                    if session in self._connectors:
+                        self._connectors.pop(session).disconnect()
+                case Probe(side):
+                    if legs[side].open:
+                        self._tell(session, sockets.probe(side, legs[side].transport.getHandle()))
+                case Discard(relay):
+                    self._discard(legs[relay.source], legs[relay.sink])
+            self._arm(session)
+
+    def _tell(self, session: Session, event: Event) -> None:
+        self._perform(session.handle(event, self._clock()))
+        self._arm(session)
+
+    # Relaying -----------------------------------------------------------------------------------
+
+    def _pump(self, leg: _Leg, data: bytes) -> None:
+        """Hand over what was read. Handing over may pause us: then it counts as waiting."""
+        now = self._clock()
+        relay = leg.inbound
+        size = len(data)
+        relay.received(size, now)
+        if relay.discarding:
+            return
+        sink = leg.opposite
+        sink.transport.write(data)
+        if not sink.full:
+            relay.sent(size, now)
+
+    def _ended(self, leg: _Leg) -> None:
+        """The end of what `leg` sends was read, or nothing more can be."""
+        relay = leg.inbound
+        relay.ended(self._clock())
+        if relay.discarding:
+            self._tell(leg.session, Finished(relay))
+        else:
+            self._half_close(leg.opposite)
+            self._arm(leg.session)
+
+    def _flushed(self, leg: _Leg) -> None:
+        """Everything was written to `leg`, and FIN after it."""
+        leg.emptied = False
+        relay = leg.outbound
+        if relay.pending:
+            relay.sent(relay.pending, self._clock())
+        self._tell(leg.session, Finished(relay))
+
+    def _discard(self, source: _Leg, sink: _Leg) -> None:
+        """Write nothing more to `sink`, and read on from `source`."""
+        if sink.open:
+            sink.transport.unregisterProducer()
+        sink.full = False
+        if source.open and source.inbound.ended_at is None:
+            source.transport.resumeProducing()
+
+    def _half_close(self, leg: _Leg) -> None:
+        leg.emptied = leg.transport not in self._reactor.getWriters()
+        # a transport that still has a producer would ask it for more instead
+        leg.transport.unregisterProducer()
+        leg.transport.loseWriteConnection()
+
+    # Time ---------------------------------------------------------------------------------------
+
+    def _arm(self, session: Session) -> None:
+        if session.over:
+            return
+        due = session.deadline()
+        timer = self._timers.get(session)
+        if timer is not None and timer.active():
+            if timer.getTime() <= due:
+                return
+            timer.cancel()
+        if due < NEVER:
+            delay = max(0.0, due - self._clock())
+            self._timers[session] = self._reactor.callLater(delay, self._expire, session)
+
+    def _expire(self, session: Session) -> None:
+        self._perform(self._service.expire_session(session, self._clock()))
+        self._arm(session)
+
+    def _arm_service(self) -> None:
+        due = self._service.deadline()
+        timer = self._service_timer
+        if timer is not None and timer.active():
+            if timer.getTime() <= due:
+                return
+            timer.cancel()
+        delay = max(0.0, due - self._clock())
+        self._service_timer = self._reactor.callLater(delay, self._expire_service)
+
+    def _expire_service(self) -> None:
+        self._perform(self._service.expire(self._clock()))
+        self._arm_service()
+
+    def _observe(self, event: LogEvent) -> None:
+        """Twisted's own log: what it says of a failure is a fault; that ports and factories start and
+        stop, we say ourselves.
+        """
+        failure = event.get("log_failure")
+        if failure is not None:
+            self._service.fault(None, repr(failure.value), failure.getTraceback())
+        elif event["log_level"] >= LogLevel.error:
+            self._service.fault(None, formatEvent(event), "")
+
+    # Ending -------------------------------------------------------------------------------------
+
+    def _close(self, leg: _Leg, *, reset: bool = False) -> None:
+        """Ask the transport to go; it answers with `_gone`."""
+        if leg.open and not leg.released:
+            leg.released = True
+            leg.info = sockets.tcp_info(leg.transport.getHandle())
+            if reset:
+                leg.transport.abortConnection()
+            else:
+                leg.transport.loseConnection()
+        self._retire(leg.session)
+
+    def _gone(self, leg: _Leg, reason: Failure) -> None:
+        """The transport is closed: because it was asked to, or because its connection was lost.
+
+        It does not say which errno it met. A connection lost after its peer's FIN was a send that
+        met EPIPE; before it, a reset. A UNIX peer that closes takes both directions at once, before
+        the transport can say that its last, empty write is done.
+        """
+        leg.open = False
+        if leg.emptied:
+            self._flushed(leg)
+        if not leg.released:
+            ended = leg.inbound.ended_at is not None
+            loss = Loss(Reason.BROKEN, "EPIPE") if ended else Loss(Reason.RESET, "ECONNRESET")
+            fault = reason.check(*_GONE) is None
+            self._tell(leg.session, Cut("I", type(reason.value).__name__) if fault else Lost(leg.side, loss))
+            if not leg.session.over and not ended:
+                self._ended(leg)
+        self._retire(leg.session)
+
+    def _retire(self, session: Session) -> None:
+        """With its last leg, a session that is over is done."""
+        legs = self._legs.get(session)
+        if legs is None or not session.over or any(leg.open for leg in legs.values()):
+            return
+        del self._legs[session]
+        self._connectors.pop(session, None)
+        timer = self._timers.pop(session, None)
+        if timer is not None and timer.active():
+            timer.cancel()
+        infos = [legs[side].info if side in legs else NO_TCP_INFO for side in Side]
+        self._service.retire(session, self._clock(), *infos)
+        if self._service.drained:
+            self._finish()
+
+    def _drain(self) -> Deferred[Any]:
+        """Accept what already waits, stop listening, and have the reactor wait for the rest."""
+        for listening, acceptor in self._acceptors.items():
+            self._accept(listening, most=NEVER)
+            self._reactor.removeReader(acceptor)
+            listening.socket.close()
+        ports = []
+        for listening, (answerer, port) in self._answerers.items():
+            answerer.datagrams.close(self._clock())
+            ports.append(maybeDeferred(port.stopListening))
+            listening.socket.close()
+        self._service.drain(self._reason, self._clock())
+        self._arm_service()
+        if self._service.drained:
+            self._finish()
+        return DeferredList([*ports, self._drained])
+
+    def _finish(self) -> None:
+        if not self._drained.called:
+            self._drained.callback(None)
+
+    # Listeners ----------------------------------------------------------------------------------
+
+    def _listen(self, listening: Listening) -> None:
+        if listening.policy.transport == "udp":
+            datagrams = Datagrams(listening.policy, listening.address, self._service)
+            answerer = _Answerer(self, datagrams)
+            sock = listening.socket
+            port = self._reactor.adoptDatagramPort(sock.fileno(), sock.family, answerer, DATAGRAM)
+            self._answerers[listening] = (answerer, port)
+        else:
+            self._acceptors[listening] = _Acceptor(self, listening)
+            self._reactor.addReader(self._acceptors[listening])
+
+    def _pause(self, listening: Listening, loss: Loss) -> None:
+        """Out of descriptors: open sessions go on, and accepting is tried again a little later."""
+        acceptor = self._acceptors[listening]
+        self._reactor.removeReader(acceptor)
+        self._reactor.callLater(sockets.EXHAUSTED_PAUSE, self._resume, acceptor)
+        self._service.emit(
+            vocabulary.ListenerPaused(
+                listener=listening.policy.name,
+                error=loss.error,
+                pause_us=int(sockets.EXHAUSTED_PAUSE * 1e6),
+            )
+        )
+
+    def _resume(self, acceptor: _Acceptor) -> None:
+        if acceptor.fileno() >= 0:
+            self._reactor.addReader(acceptor)
+
+    def _answer(self, answerer: _Answerer, datagram: bytes, peer: tuple[str, int]) -> None:
+        host, port = peer[:2]
+        now = self._clock()
+        session = answerer.datagrams.received(host, port, len(datagram), now)
+        if session is not None:
+            try:
+                answerer.transport.write(datagram, peer)
+            except OSError:
+                answerer.datagrams.dropped()
+            else:
+                session.answered(len(datagram), now)
+        self._arm_service()
