@@ -5,7 +5,6 @@ Twisted nor anything of `comparisons`, which this package names here only, as te
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from services.config import ENGINES, Config, ConfigError, from_flags, load
 from services.vocabulary import Level
 
 USAGE, UNAVAILABLE, OS_ERROR, NO_PERMISSION, CONFIGURATION = 64, 69, 71, 77, 78
-# as a shell tells a death by SIGINT or SIGPIPE
-INTERRUPTED, BROKEN_PIPE = 130, 141
+# as a shell tells a death by SIGINT
+INTERRUPTED = 130
 
 # name: where the command is, and its line in `triptych --help`, which must not load it
 LAZY = {
@@ -148,10 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), error.exit_code)
     except click.Abort:
         return INTERRUPTED
-    except BrokenPipeError:
-        # whoever read our output has what they wanted; the flush at exit must not complain either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = NO_PERMISSION if isinstance(error, PermissionError) else OS_ERROR

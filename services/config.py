@@ -26,6 +26,8 @@ EngineName = Literal["blocking", "nonblocking", "twisted"]
 
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
+DURATION = re.compile(r"([0-9]+\.?[0-9]*)(ms|s|m|h)")
+SIZE = re.compile(r"([0-9]+)(B|KiB|MiB|GiB)")
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 BYTES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
@@ -258,9 +260,9 @@ def _value(kind: Any, raw: Any, path: str, faults: list[str]) -> Any:
     try:
         if kind is Address and isinstance(raw, str):
             return Address.parse(raw)
-        if kind is float and isinstance(raw, str) and (found := re.fullmatch(r"([0-9]+\.?[0-9]*)(ms|s|m|h)", raw)):
+        if kind is float and isinstance(raw, str) and (found := DURATION.fullmatch(raw)):
             return _within(float(found[1]) * SECONDS[found[2]], SHORTEST, LONGEST, "1ms", "596h")
-        if kind is int and isinstance(raw, str) and (found := re.fullmatch(r"([0-9]+)(B|KiB|MiB|GiB)", raw)):
+        if kind is int and isinstance(raw, str) and (found := SIZE.fullmatch(raw)):
             return _within(int(found[1]) * BYTES[found[2]], 1, LARGEST, "1B", "1GiB")
     except ValueError as error:
         faults.append(f"{path}: {error}")

@@ -210,11 +210,14 @@ class Service:
     # Drain --------------------------------------------------------------------------------------
 
     def drain(self, reason: str, now: float) -> None:
-        """No new sessions from now on; open ones may finish until the deadline. A second call
-        (the operator is impatient) brings the deadline to now.
+        """No new sessions from now on; open ones may finish until the deadline.
+
+        A second SIGINT, from an impatient operator, cuts them now. A second SIGTERM is nothing new: a
+        service manager and a supervisor may both send one.
         """
         if self.draining:
-            self._drain_at = now
+            if reason == "SIGINT":
+                self._drain_at = now
             return
         self.draining = True
         self._drain_at = now + self.timeouts.drain

@@ -313,8 +313,8 @@ class Session:
                 return self._dial_failed(loss, now) if self.awaits(attempt) else ()
             case Probed():
                 return self._probed(event, now)
-            case Cut(cause, error):
-                return self._end(cause + self._letter(), None, now, error)
+            case _:  # Cut
+                return self._end(event.cause + self._letter(), None, now, event.error)
 
     def relay_from(self, leg: Side) -> Relay:
         return self.relays[0] if leg is CLIENT else self.relays[1]

@@ -1,0 +1,318 @@
+"""The configuration file is read whole, and every fault of it is told at once, with its path."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.config import (
+    Config,
+    ConfigError,
+    Limits,
+    ListenerConfig,
+    LogConfig,
+    PoolConfig,
+    UpstreamConfig,
+    from_flags,
+    load,
+    read,
+)
+from services.core.addresses import Address
+from services.core.session import Timeouts
+
+ECHO = '[[listener]]\nname = "e"\naddress = "127.0.0.1:7007"\nservice = "echo"\n'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "triptych.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults(folder: Path, text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(write(folder, text))
+    return caught.value.faults
+
+
+def test_a_file_with_one_listener_gets_every_default(tmp_path: Path) -> None:
+    assert load(write(tmp_path, ECHO)) == Config(
+        listeners=(ListenerConfig(name="e", address=Address("tcp", "127.0.0.1", 7007), service="echo"),)
+    )
+
+
+def test_every_key_is_read(tmp_path: Path) -> None:
+    text = """
+        engine = "blocking"
+        [log]
+        path = "/var/log/triptych.jsonl"
+        level = "debug"
+        progress = "1m"
+        stats = "1.5s"
+        [limits]
+        buffer = "1MiB"
+        [[listener]]
+        name = "front"
+        address = "[::1]:8000"
+        service = "proxy"
+        pool = "redis"
+        [[listener]]
+        name = "low"
+        address = "udp:127.0.0.1:7"
+        service = "echo"
+        answer_low_ports = true
+        [pool.redis]
+        upstreams = [{ address = "127.0.0.1:6379" }, { address = "unix:/run/redis.sock" }]
+        [timeouts]
+        connect = "250ms"
+        idle = "2h"
+        half_close = "10s"
+        drain = "3s"
+        dead_peer = "2m"
+        udp_idle = "1s"
+    """
+    assert load(write(tmp_path, text)) == Config(
+        engine="blocking",
+        log=LogConfig(path="/var/log/triptych.jsonl", level="debug", progress=60.0, stats=1.5),
+        limits=Limits(buffer=1024**2),
+        listeners=(
+            ListenerConfig(name="front", address=Address("tcp", "::1", 8000), service="proxy", pool="redis"),
+            ListenerConfig(
+                name="low", address=Address("udp", "127.0.0.1", 7), service="echo", answer_low_ports=True
+            ),
+        ),
+        pools={
+            "redis": PoolConfig(
+                upstreams=(
+                    UpstreamConfig(address=Address("tcp", "127.0.0.1", 6379)),
+                    UpstreamConfig(address=Address("unix", "/run/redis.sock")),
+                )
+            )
+        },
+        timeouts=Timeouts(
+            connect=0.25, idle=7200, half_close=10, drain=3, dead_peer=120, udp_idle=1, progress=60
+        ),
+    )
+
+
+def test_the_progress_interval_of_the_log_reaches_the_core(tmp_path: Path) -> None:
+    assert load(write(tmp_path, f'{ECHO}[log]\nprogress = "5s"\n')).timeouts.progress == 5
+
+
+def test_all_faults_are_told_at_once_each_with_its_path(tmp_path: Path) -> None:
+    text = """
+        engine = "asyncio"
+        colour = 3
+        [log]
+        progress = "0s"
+        stats = 60
+        [limits]
+        buffer = "0B"
+        [[listener]]
+        name = "a"
+        adress = "127.0.0.1:1"
+        service = "proxy"
+        [[listener]]
+        name = "a"
+        address = "127.0.0.1:8000"
+        service = "proxy"
+        pool = "redsi"
+        [[listener]]
+        name = ""
+        address = "127.0.0.1:8000"
+        service = "echo"
+        pool = "redis"
+        answer_low_ports = "yes"
+        [[listener]]
+        name = "u"
+        address = "udp:127.0.0.1:8000"
+        service = "proxy"
+        pool = "redis"
+        [pool.redis]
+        upstreams = [{ adress = "127.0.0.1:6379" }, { address = "systemd:x" }, 3]
+        [pool.empty]
+        upstreams = []
+        [pool."a b"]
+        upstreams = {}
+        [timeouts]
+        idle = 60
+        connect = "-5s"
+        drain = "9999h"
+        progress = "1s"
+    """
+    assert set(faults(tmp_path, text)) == {
+        "colour: unknown key",
+        'engine: expected "blocking", "nonblocking" or "twisted", not "asyncio"',
+        "log.progress: must be from 1ms to 596h",
+        'log.stats: expected a duration such as "60s", not 60',
+        "limits.buffer: must be from 1B to 1GiB",
+        'listener[0].adress: unknown key (did you mean "address"?)',
+        "listener[0].address: missing",
+        "listener[0].pool: a proxy needs a pool",
+        'listener[1].name: "a" is the name of listener[0] already',
+        'listener[1].pool: there is no pool "redsi" (did you mean "redis"?)',
+        'listener[2].name: expected text that is not empty, not ""',
+        'listener[2].address: "127.0.0.1:8000" is the address of listener[1] already',
+        "listener[2].pool: an echo has no upstreams, so no pool",
+        'listener[2].answer_low_ports: expected true or false, not "yes"',
+        "listener[3].service: a udp listener can echo only, not proxy",
+        'pool.redis.upstreams[0].adress: unknown key (did you mean "address"?)',
+        "pool.redis.upstreams[0].address: missing",
+        "pool.redis.upstreams[1].address: an upstream is HOST:PORT or unix:/PATH, not systemd:",
+        "pool.redis.upstreams[2]: expected a table, not 3",
+        "pool.empty.upstreams: at least one upstream is needed",
+        'pool."a b".upstreams: expected an array of tables, not a table',
+        'timeouts.idle: expected a duration such as "60s", not 60',
+        'timeouts.connect: expected a duration such as "60s", not "-5s"',
+        "timeouts.drain: must be from 1ms to 596h",
+        "timeouts.progress: unknown key",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        pytest.param("", "listener: at least one is needed", id="no listener at all"),
+        pytest.param(
+            "listener = 3", "listener: expected an array of tables, not 3", id="listener is a number"
+        ),
+        pytest.param(
+            "[listener]", "listener: expected an array of tables, not a table", id="one bracket short"
+        ),
+        pytest.param("pool = 4", "pool: expected a table, not 4", id="pool is a number"),
+        pytest.param("pool.x = 4", "pool.x: expected a table, not 4", id="one pool is a number"),
+        pytest.param("[[timeouts]]", "timeouts: expected a table, not an array", id="one bracket too many"),
+        pytest.param("engine = 2020-01-01", 'not "2020-01-01"', id="a date"),
+        pytest.param("limits.buffer = inf", "limits.buffer: expected a size", id="infinity"),
+        pytest.param(
+            'limits.buffer = "64kb"', "limits.buffer: expected a size", id="a unit that is not known"
+        ),
+        pytest.param('limits.buffer = "1.5KiB"', "limits.buffer: expected a size", id="half a KiB"),
+        pytest.param(
+            'timeouts.idle = "٣s"', "timeouts.idle: expected a duration", id="digits of another script"
+        ),
+        pytest.param('"\\n" = 1', '"\\n": unknown key', id="a key with a line end"),
+    ],
+)
+def test_a_wrong_kind_is_told_in_one_line(tmp_path: Path, text: str, fault: str) -> None:
+    told = faults(tmp_path, text)
+    assert any(fault in each for each in told)
+    assert all(len(each.splitlines()) == 1 for each in told)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        pytest.param(b"a = \n", "not TOML: Invalid value (at line 1, column 5)", id="syntax"),
+        pytest.param(b"\xff", "not UTF-8 text at byte 0", id="not text"),
+        pytest.param(b"a = " + b"[" * 100_000, "not TOML: nested too deeply", id="nested"),
+    ],
+)
+def test_what_is_not_toml_is_told_in_one_line(tmp_path: Path, content: bytes, fault: str) -> None:
+    path = tmp_path / "triptych.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert caught.value.faults == [fault]
+
+
+def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError) as caught:
+            load(path)
+        assert caught.value.faults == [f"cannot be read: {reason}"]
+
+
+def test_port_0_may_be_asked_for_twice(tmp_path: Path) -> None:
+    text = "".join(
+        f'[[listener]]\nname = "{name}"\naddress = "127.0.0.1:0"\nservice = "echo"\n' for name in ("a", "b")
+    )
+    assert [listener.name for listener in load(write(tmp_path, text)).listeners] == ["a", "b"]
+
+
+def test_one_port_may_be_had_by_tcp_and_by_udp(tmp_path: Path) -> None:
+    text = f'{ECHO}[[listener]]\nname = "u"\naddress = "udp:127.0.0.1:7007"\nservice = "echo"\n'
+    assert len(load(write(tmp_path, text)).listeners) == 2
+
+
+@pytest.mark.parametrize("address", ["unix:/tmp/x.sock", "systemd:x"])
+def test_a_path_or_a_descriptor_cannot_be_had_twice(tmp_path: Path, address: str) -> None:
+    text = "".join(
+        f'[[listener]]\nname = "{name}"\naddress = "{address}"\nservice = "echo"\n' for name in ("a", "b")
+    )
+    assert faults(tmp_path, text) == [
+        f'listener[1].address: "{address}" is the address of listener[0] already'
+    ]
+
+
+def test_only_a_udp_echo_answers_low_ports(tmp_path: Path) -> None:
+    assert faults(tmp_path, f"{ECHO}answer_low_ports = true") == [
+        "listener[0].answer_low_ports: only a udp echo has use for it"
+    ]
+
+
+KEYS = ["engine", "log", "limits", "listener", "pool", "timeouts", "name", "address", "service", "upstreams"]
+VALUES = st.recursive(
+    st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["echo", "proxy", "1s"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), inner, max_size=4)
+    ),
+)
+
+
+# a busy machine is slow, and that is no fault of the configuration
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5))
+def test_any_document_is_a_configuration_or_faults_of_one_line_each(document: dict[str, Any]) -> None:
+    try:
+        read(document)
+    except ConfigError as error:
+        assert error.faults  # noqa: PT017  a document may be good, so `raises` cannot say it
+        assert all(len(fault.splitlines()) == 1 for fault in error.faults)  # noqa: PT017  as above
+
+
+def test_flags_are_read_as_a_file_is() -> None:
+    config = from_flags(
+        engine="twisted",
+        service="proxy",
+        listen=["127.0.0.1:0", "unix:/tmp/x.sock"],
+        upstreams=["localhost:6379"],
+        log_path="/tmp/log",  # noqa: S108  a path that is read here, not a file
+        log_level="error",
+    )
+    assert config.engine == "twisted"
+    assert config.log == LogConfig(path="/tmp/log", level="error")  # noqa: S108  as above
+    assert [(each.name, str(each.address), each.pool) for each in config.listeners] == [
+        ("proxy-1", "127.0.0.1:0", "upstream"),
+        ("proxy-2", "unix:/tmp/x.sock", "upstream"),
+    ]
+    assert config.pools["upstream"].upstreams == (UpstreamConfig(address=Address("tcp", "localhost", 6379)),)
+
+
+def test_faults_of_flags_name_the_flag() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_flags(
+            engine="x",
+            service="proxy",
+            listen=["nowhere", "udp:127.0.0.1:1"],
+            upstreams=["127.0.0.1:0", "udp:127.0.0.1:1", "::1"],
+            log_path="",
+            log_level="loud",
+        )
+    assert sorted(caught.value.faults) == [
+        '--engine: expected "blocking", "nonblocking" or "twisted", not "x"',
+        "--listen: 'nowhere': expected HOST:PORT, as in 127.0.0.1:7007",
+        "--listen: a udp listener can echo only, not proxy",
+        '--log-level: expected "debug", "info", "warning" or "error", not "loud"',
+        '--log: expected text that is not empty, not ""',
+        "--upstream: '::1': put an IPv6 address in brackets, as in [::1]:7007",
+        "--upstream: an upstream is HOST:PORT or unix:/PATH, not udp:",
+        "--upstream: an upstream needs a port from 1 to 65535",
+    ]

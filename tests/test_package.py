@@ -1,0 +1,98 @@
+"""What is handed out: the wheel, the command that it installs, and the example configuration."""
+
+import email
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from services.config import NOT_KEYS, Config, ListenerConfig, UpstreamConfig, load
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "deploy/triptych.toml"
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that pip builds from this tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
+    [built] = folder.glob("*.whl")
+    return built
+
+
+def run(*command: str, **more: Any) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **more)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def test_the_wheel_holds_the_two_packages_whole_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == {
+        str(path.relative_to(ROOT))
+        for package in ("services", "comparisons")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    # what a test that compares two listings would not miss if it went from both
+    assert held >= {"services/py.typed", "comparisons/py.typed", "services/log.schema.json"}
+    assert {"redis.recording", "http.recording"} <= {Path(name).name for name in held}
+
+
+def test_the_wheel_says_what_the_project_says(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+        assert name.replace("METADATA", "licenses/LICENSE") in archive.namelist()
+    assert (metadata["Name"], metadata["Version"]) == ("triptych", PROJECT["version"])
+    assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("MIT", ">=3.11")
+    assert str(metadata.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_the_command_works_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
+    # before the tree's own packages, with the dependencies of the environment that runs the tests
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    module = run(
+        sys.executable, "-c", "import services; print(services.__file__)", env=environment, cwd=tmp_path
+    )
+    assert Path(module.strip()).is_relative_to(site)
+    command = str(site / "bin/triptych")
+    assert "proxy" in run(command, "--help", env=environment, cwd=tmp_path)
+    assert "summary" in run(command, "logs", "--help", env=environment, cwd=tmp_path)
+    checked = run(command, "check", "--config", str(EXAMPLE), env=environment, cwd=tmp_path)
+    assert checked == f"{EXAMPLE}: ok\n"
+
+
+def test_the_example_configuration_has_every_key() -> None:
+    written = tomllib.loads(EXAMPLE.read_text(encoding="utf-8"))
+    assert written.keys() == keys(Config)
+    for section in ("log", "limits", "timeouts"):
+        kind = next(field.type for field in msgspec.structs.fields(Config) if field.name == section)
+        assert written[section].keys() == keys(kind), section
+    assert {key for listener in written["listener"] for key in listener} == keys(ListenerConfig)
+    upstreams = [upstream for pool in written["pool"].values() for upstream in pool["upstreams"]]
+    assert {key for upstream in upstreams for key in upstream} == keys(UpstreamConfig)
+
+
+def keys(kind: type[msgspec.Struct]) -> set[str]:
+    fields = msgspec.structs.fields(kind)
+    return {field.encode_name for field in fields if field.name not in NOT_KEYS.get(kind, ())}
+
+
+def test_the_example_configuration_calls_default_what_is_default() -> None:
+    config, default = load(EXAMPLE), Config()
+    assert (config.engine, config.log, config.limits) == (default.engine, default.log, default.limits)
+    # left out, dead_peer is as long as idle
+    timeouts = msgspec.structs.replace(default.timeouts, dead_peer=default.timeouts.idle)
+    assert config.timeouts == timeouts
