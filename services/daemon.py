@@ -6,7 +6,9 @@ engine runs in the main thread, where Python delivers signals, until it is drain
 """
 
 import os
+import select
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -15,7 +17,7 @@ from services import vocabulary
 from services.config import Config
 from services.core.service import Gauges, Policy, Service
 from services.core.upstreams import Pool, Upstream
-from services.endpoints import Listener, close_listeners, exposure, open_listeners, resolve
+from services.endpoints import EndpointError, Listener, close_listeners, exposure, open_listeners, resolve
 from services.engines.base import Listening, load
 from services.logs import Log
 
@@ -49,10 +51,13 @@ def run(config: Config) -> int:
     """Serve as `config` says until told to stop. Returns the exit code.
 
     Raises:
-        EndpointError: an address cannot be bound, or an upstream's name means nothing.
+        EndpointError: an address cannot be bound, an upstream's name means nothing, or this is not Linux.
         OSError: the log cannot be opened.
 
     """
+    if sys.platform != "linux":
+        # TCP_INFO, TCP_USER_TIMEOUT, SIOCOUTQ and eventfd: what the behaviour table rests on
+        raise EndpointError(f"the daemons need Linux, and this is {sys.platform}", 71)
     listeners = open_listeners(config)
     try:
         pools = {name: _pool(config, name) for name in config.pools}
@@ -95,6 +100,8 @@ def _serve(config: Config, listeners: list[Listener], pools: dict[str, Pool], lo
             for sock, address in zip(listener.sockets, listener.addresses, strict=True)
         ]
         _announce(listener, log)
+    if config.engine != "blocking" and not hasattr(select, "epoll"):
+        log.emit(vocabulary.EngineDegraded(lacking="epoll", instead="poll"))
     engine = load(config.engine)(listening, service, clock)
 
     def stop(number: int, _frame: FrameType | None) -> None:

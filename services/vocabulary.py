@@ -232,6 +232,15 @@ class EngineStalled(Event, frozen=True, kw_only=True):
     open_sessions: Count
 
 
+class EngineDegraded(Event, frozen=True, kw_only=True):
+    """The engine does without something that this system lacks."""
+
+    NAME = "engine_degraded"
+    LEVEL = "warning"
+    lacking: str
+    instead: str
+
+
 class EngineFault(Event, frozen=True, kw_only=True):
     """A bug of ours: the session it happened in was cut, the others go on."""
 
@@ -266,6 +275,7 @@ EVENTS: tuple[type[Event], ...] = (
     SessionRefused,
     EngineStats,
     EngineStalled,
+    EngineDegraded,
     EngineFault,
     LogDropped,
 )

@@ -11,6 +11,7 @@ import errno
 import select
 import socket
 import struct
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -48,6 +49,11 @@ LOOK_UP = 0.5
 _SNDTIMEO = struct.pack("ll", 0, int(LOOK_UP * 1e6))
 # The first read of a relay; it grows to CHUNK once reads fill it, so that idle threads stay small.
 FIRST_READ = 4096
+
+
+# A thread that wants the interpreter asks for it again this often (5 ms by default). Ours give it up at
+# every system call anyway; thousands that wake at once would do nothing but ask.
+SWITCH_INTERVAL = 0.1
 
 
 class _Leg:
@@ -91,6 +97,7 @@ class Engine:
         self._acceptors: list[threading.Thread] = []
 
     def run(self) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL)
         for listening in self._listeners:
             sockets.set_options(listening.socket, self._dead_peer)
             accept = self._answer if listening.policy.transport == "udp" else self._accept
@@ -173,11 +180,14 @@ class Engine:
         number = errno.EINPROGRESS
         while number in {errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN} and session.awaits(dial.attempt):
             number = sock.connect_ex(sockets.sockaddr(dial.address))
-        if number or not session.awaits(dial.attempt):
+        loss = sockets.loss_of_errno(number) if number else None
+        if session.awaits(dial.attempt) and (loss is None or number in sockets.CONNECTED_AND_LOST):
+            self._tell(session, Dialled(dial.attempt))
+            if loss is not None:
+                self._tell(session, Lost(UPSTREAM, loss))
+        else:
             sock.close()
             self._tell(session, DialFailed(dial.attempt, sockets.loss_of_errno(number)))
-        else:
-            self._tell(session, Dialled(dial.attempt))
 
     def _perform(self, actions: Actions) -> None:
         for session, action in actions:

@@ -183,13 +183,15 @@ class Engine:
             return
         now = self._clock()
         self._unwatch(leg)
-        if number:
+        loss = sockets.loss_of_errno(number) if number else None
+        if loss is None or number in sockets.CONNECTED_AND_LOST:
+            self._tell(leg.session, Dialled(dial.attempt), now)
+            if loss is not None:
+                self._tell(leg.session, Lost(UPSTREAM, loss), now)
+        else:
             leg.open = False
             leg.sock.close()
-            event: DialFailed | Dialled = DialFailed(dial.attempt, sockets.loss_of_errno(number))
-        else:
-            event = Dialled(dial.attempt)
-        self._tell(leg.session, event, now)
+            self._tell(leg.session, DialFailed(dial.attempt, loss), now)
 
     def _perform(self, actions: Actions, now: float) -> None:
         for session, action in actions:

@@ -45,6 +45,8 @@ _REASONS = {
     errno.EAGAIN: Reason.EXHAUSTED,
 }
 
+# connect(2) finds the connection established and gone again: a SYN that is refused says ECONNREFUSED
+CONNECTED_AND_LOST = frozenset({errno.ECONNRESET, errno.EPIPE})
 # accept(2) for want of a descriptor or memory: no use in trying again at once
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 # HAProxy waits as long before it accepts again

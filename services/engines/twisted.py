@@ -263,7 +263,13 @@ class Engine:
 
     def _dial_failed(self, leg: _Leg, dial: Dial, reason: Failure) -> None:
         assert reason.value is not None
-        self._tell(leg.session, DialFailed(dial.attempt, sockets.loss_of(reason.value)))
+        loss = sockets.loss_of(reason.value)
+        if loss.reason in {Reason.RESET, Reason.BROKEN}:
+            # it was connected and lost again before the reactor looked; there is no transport to read
+            self._tell(leg.session, Dialled(dial.attempt))
+            self._tell(leg.session, Lost(UPSTREAM, Loss(Reason.RESET, loss.error)))
+        else:
+            self._tell(leg.session, DialFailed(dial.attempt, loss))
 
     def _perform(self, actions: Actions) -> None:
         for session, action in actions:
@@ -271,15 +277,15 @@ class Engine:
             if legs is None:  # an earlier action ended it
                 continue
             match action:
-                case BeginRelay():
+                case BeginRelay() if all(leg.open for leg in legs.values()):
                     for leg in legs.values():
                         leg.opposite = legs[leg.inbound.sink]
                         leg.opposite.transport.registerProducer(leg, True)
                         leg.transport.resumeProducing()
                 case Dial():
                     self._dial(session, action)
-                case SendEnd():
-                    pass  # the transport did, after the last byte: see `_ended`
+                case BeginRelay() | SendEnd():
+                    pass  # a leg is lost already; the transport did, after the last byte (`_ended`)
                 case Close(side):
                     self._close(legs[side])
                 case Abort(side):

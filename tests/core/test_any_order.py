@@ -2,7 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stage import Play, Stage
+from rehearsal import Play, Stage
 
 from services.core.record import CLIENT, UPSTREAM, Loss, Reason, Side
 from services.core.session import (

@@ -1,7 +1,7 @@
 """UDP sessions by client address."""
 
 import pytest
-from stage import Stage
+from rehearsal import Stage
 
 from services.core import datagrams
 from services.core.addresses import Address

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stage import Play, Stage
+from rehearsal import Play, Stage
 
 from services.core.record import CLIENT, UPSTREAM, session_id
 from services.core.service import LAG_INTERVAL, STALL

@@ -1,7 +1,7 @@
 """The state machine of a session, rule by rule, without any I/O."""
 
 import pytest
-from stage import Play, Stage, upstream
+from rehearsal import Play, Stage, upstream
 
 from services.core.record import CLIENT, UPSTREAM, Loss, Reason
 from services.core.session import (

@@ -1,6 +1,6 @@
 """The choice among a pool's upstreams."""
 
-from stage import upstream
+from rehearsal import upstream
 
 from services.core.upstreams import Pool
 
