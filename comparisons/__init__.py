@@ -1,0 +1,1 @@
+"""Everything that drives, measures and explains the services."""

@@ -1,0 +1,1 @@
+"""What the logs say: the daemons' JSON lines read back, counted and explained."""
