@@ -13,7 +13,7 @@ from typing import Any, get_args
 import click
 from msgspec.structs import replace
 
-from services.config import ENGINES, Config, ConfigError, from_flags, load
+from services.config import ENGINES, Config, ConfigError, Source, from_flags, load
 from services.vocabulary import Level
 
 USAGE, UNAVAILABLE, OS_ERROR, NO_PERMISSION, CONFIGURATION = 64, 69, 71, 77, 78
@@ -110,25 +110,33 @@ def proxy(engine: str, listen: tuple[str, ...], upstream: tuple[str, ...], log: 
 @click.option("--engine", type=click.Choice(ENGINES), help="Instead of the file's.")
 @click.option("--log", metavar="PATH", help="Instead of the file's.")
 @click.option("--log-level", type=LEVELS, help="Instead of the file's.")
-def serve(path: Path, engine: Any, log: str | None, log_level: Any) -> int:
+@click.option("--instance", default="-", metavar="NAME", help="Of the unit; stands in every log line.")
+def serve(path: Path, engine: Any, log: str | None, log_level: Any, instance: str) -> int:
     """Run the daemon that a file describes."""
-    config = _checked(path)
-    if config is None:
-        return CONFIGURATION
-    config = replace(
-        config,
-        engine=engine or config.engine,
-        log=replace(config.log, path=log or config.log.path, level=log_level or config.log.level),
-    )
-    return _run(config)
+
+    def read() -> Config:
+        config = load(path)
+        return replace(
+            config,
+            engine=engine or config.engine,
+            log=replace(config.log, path=log or config.log.path, level=log_level or config.log.level),
+        )
+
+    try:
+        config = read()
+    except ConfigError as error:
+        return _fail_all([f"{path}: {fault}" for fault in error.faults], CONFIGURATION)
+    return _run(config, instance, Source(path, read))
 
 
 @triptych.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), required=True, metavar="FILE")
 def check(path: Path) -> int:
     """Tell every fault of a configuration file."""
-    if _checked(path) is None:
-        return CONFIGURATION
+    try:
+        load(path)
+    except ConfigError as error:
+        return _fail_all([f"{path}: {fault}" for fault in error.faults], CONFIGURATION)
     click.echo(f"{path}: ok")
     return 0
 
@@ -194,23 +202,14 @@ def _run_all(service: str, *, listen: Sequence[str], upstreams: Sequence[str], l
     return supervisor.run(commands)
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, instance: str = "-", source: Source | None = None) -> int:
     from services import daemon  # noqa: PLC0415  `check` and --help need no sockets
     from services.endpoints import EndpointError  # noqa: PLC0415  as above
 
     try:
-        return daemon.run(config)
+        return daemon.run(config, instance=instance, source=source)
     except EndpointError as error:
         return _fail(error.message, error.exit_code)
-
-
-def _checked(path: Path) -> Config | None:
-    """The configuration in a file; None once its faults have been told."""
-    try:
-        return load(path)
-    except ConfigError as error:
-        _fail_all([f"{path}: {fault}" for fault in error.faults], CONFIGURATION)
-        return None
 
 
 def _fail_all(faults: Sequence[str], code: int) -> int:

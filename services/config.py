@@ -11,9 +11,9 @@ Names are not resolved and no socket is opened here: that is `endpoints.py`.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
@@ -73,6 +73,12 @@ class PoolConfig(Struct, frozen=True, kw_only=True):
     upstreams: tuple[UpstreamConfig, ...]
 
 
+class MetricsConfig(Struct, frozen=True, kw_only=True):
+    """Where Prometheus finds /metrics: HOST:PORT or unix:/PATH."""
+
+    address: Address
+
+
 class Config(Struct, frozen=True, kw_only=True):
     """Everything a daemon is told. In the file `listeners` are [[listener]], `pools` [pool.NAME]."""
 
@@ -82,6 +88,14 @@ class Config(Struct, frozen=True, kw_only=True):
     listeners: tuple[ListenerConfig, ...] = msgspec.field(name="listener", default=())
     pools: dict[str, PoolConfig] = msgspec.field(name="pool", default_factory=dict)
     timeouts: Timeouts = Timeouts()
+    metrics: MetricsConfig | None = None
+
+
+class Source(NamedTuple):
+    """Where a configuration came from, and how to read it again (ConfigError)."""
+
+    path: Path
+    read: Callable[[], Config]
 
 
 # the core's timeouts carry the progress interval, which the file gives under [log]
@@ -163,6 +177,12 @@ def read(document: Mapping[str, Any]) -> Config:
 
 def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> None:
     """What no single key can tell. A value that could not be read is never complained of twice."""
+    if config.metrics not in (None, FAULTY) and config.metrics.address is not FAULTY:
+        transport = config.metrics.address.transport
+        if transport not in {"tcp", "unix"}:
+            faults.append(
+                f"metrics.address: metrics are read over HTTP, from HOST:PORT or unix:/PATH, not {transport}:"
+            )
     names: dict[str, str] = {}
     addresses: dict[Address, str] = {}
     # as written, so that a pool with a fault inside is not called unknown as well

@@ -1,29 +1,41 @@
-"""One process's life: sockets, log, service, engine, signals, drain.
+"""One process's life: sockets, log, service, engine, signals, reload, drain.
 
 The order is the point: sockets are bound before an engine is imported, so that a fault of the set-up
 is told at once and an engine never meets a name; the log is opened before the first session; the
 engine runs in the main thread, where Python delivers signals, until it is drained.
+
+Beside the engine there are at most three threads, which touch nothing of it but its public methods:
+one that reloads (it resolves names), one that tells the service manager how it goes, and one that
+answers Prometheus.
 """
 
 import os
 import select
 import signal
+import socket
 import sys
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from services import vocabulary
-from services.config import Config
+from services import systemd, vocabulary
+from services.config import Config, ConfigError, ListenerConfig, Source
+from services.core.addresses import Address
 from services.core.service import Gauges, Policy, Service
 from services.core.upstreams import Pool, Upstream
 from services.endpoints import EndpointError, Listener, close_listeners, exposure, open_listeners, resolve
-from services.engines.base import Listening, load
+from services.engines import sockets
+from services.engines.base import Engine, Listening, load
 from services.logs import Log
 
 _STAT = Path("/proc/self/stat")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+# The service manager hears of us this often where it has no watchdog.
+REPORT_INTERVAL = 10.0
 
 
 class _Instruments:
@@ -47,8 +59,13 @@ class _Instruments:
         return Gauges(threads, descriptors, rss * _PAGE, (utime + stime) * 1_000_000 // _TICKS)
 
 
-def run(config: Config) -> int:
+def run(config: Config, *, instance: str = "-", source: Source | None = None) -> int:
     """Serve as `config` says until told to stop. Returns the exit code.
+
+    Args:
+        instance: of the unit that runs us; in every log line.
+        source: where SIGHUP reads the configuration again; None where it came from flags, and SIGHUP
+            just opens the log anew.
 
     Raises:
         EndpointError: an address cannot be bound, an upstream's name means nothing, or this is not Linux.
@@ -58,12 +75,13 @@ def run(config: Config) -> int:
     if sys.platform != "linux":
         # TCP_INFO, TCP_USER_TIMEOUT, SIOCOUTQ and eventfd: what the behaviour table rests on
         raise EndpointError(f"the daemons need Linux, and this is {sys.platform}", 71)
-    listeners = open_listeners(config)
+    inherited = systemd.claim()
+    listeners = open_listeners(config.listeners, inherited)
     try:
-        pools = {name: _pool(config, name) for name in config.pools}
-        log = Log(config.log.path, config.log.level, config.engine)
+        pools = _pools(config)
+        log = Log(config.log.path, config.log.level, config.engine, instance)
         try:
-            _serve(config, listeners, pools, log)
+            _Daemon(config, source, inherited, listeners, log).serve(pools)
         finally:
             log.close()
     finally:
@@ -71,67 +89,191 @@ def run(config: Config) -> int:
     return 0
 
 
-def _pool(config: Config, name: str) -> Pool:
-    upstreams = config.pools[name].upstreams
-    return Pool(name, [Upstream(str(each.address), tuple(resolve(each.address))) for each in upstreams])
+class _Daemon:
+    """What a running daemon has, and what a reload changes of it."""
 
-
-def _serve(config: Config, listeners: list[Listener], pools: dict[str, Pool], log: Log) -> None:
-    clock = time.monotonic
-    service = Service(
-        instruments=_Instruments(log),
-        timeouts=config.timeouts,
-        buffer=config.limits.buffer,
-        stats=config.log.stats,
-        epoch=time.time() - clock(),
-        now=clock(),
-    )
-    listening = []
-    for listener in listeners:
-        policy = Policy(
-            listener.name,
-            listener.service,
-            listener.transport,
-            pools[listener.pool] if listener.pool else None,
-            listener.answer_low_ports,
+    def __init__(
+        self,
+        config: Config,
+        source: Source | None,
+        inherited: Mapping[str, Sequence[socket.socket]],
+        listeners: list[Listener],
+        log: Log,
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._inherited = inherited
+        self._log = log
+        self._service = Service(
+            instruments=_Instruments(log),
+            timeouts=config.timeouts,
+            buffer=config.limits.buffer,
+            stats=config.log.stats,
+            epoch=time.time() - time.monotonic(),
+            now=time.monotonic(),
         )
-        listening += [
+        # all that were ever opened: `run` closes them, and removes what they left, in the end
+        self._listeners = listeners
+        self._listening: dict[tuple[str, Address], list[Listening]] = {}
+        self._reloading = threading.Lock()
+
+    def _add(self, listener: Listener, pools: Mapping[str, Pool]) -> list[Listening]:
+        """Take up a listener, and say so. One handed over may be several, of one name."""
+        policy = Policy(listener.name, listener.service, listener.transport)
+        _update(policy, listener, pools)
+        added = [
             Listening(policy, sock, address)
             for sock, address in zip(listener.sockets, listener.addresses, strict=True)
         ]
-        _announce(listener, log)
-    if config.engine != "blocking" and not hasattr(select, "epoll"):
-        log.emit(vocabulary.EngineDegraded(lacking="epoll", instead="poll"))
-    engine = load(config.engine)(listening, service, clock)
+        self._listening.setdefault(_key(listener), []).extend(added)
+        for each in added:
+            sockets.set_options(each.socket, self._service.dead_peer)
+            self._log.emit(
+                vocabulary.ListenerOpened(
+                    listener=listener.name,
+                    service=listener.service,
+                    transport=listener.transport,
+                    address=str(each.address),
+                    inherited=listener.inherited,
+                )
+            )
+            risk = exposure(listener.service, each.address)
+            if risk is not None:
+                self._log.emit(
+                    vocabulary.ListenerExposed(listener=listener.name, address=str(each.address), risk=risk)
+                )
+        return added
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        engine.post(lambda: engine.stop(signal.Signals(number).name))
+    def serve(self, pools: Mapping[str, Pool]) -> None:
+        listening = [each for listener in self._listeners for each in self._add(listener, pools)]
+        self._engine: Engine = load(self._config.engine)(listening, self._service, time.monotonic)
+        if self._config.engine != "blocking" and not hasattr(select, "epoll"):
+            self._log.emit(vocabulary.EngineDegraded(lacking="epoll", instead="poll"))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._hang_up)
+        self._log.emit(vocabulary.ServiceReady(addresses=self._addresses(), start_us=_since_process_start()))
+        systemd.notify("READY=1", self._status())
+        if systemd.listens():
+            threading.Thread(target=self._keep_reporting, name="reporter", daemon=True).start()
+        self._engine.run()
+        self._service.stopped(time.monotonic())
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    log.emit(
-        vocabulary.ServiceReady(
-            addresses=[str(each.address) for each in listening], start_us=_since_process_start()
+    # Signals ------------------------------------------------------------------------------------
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        systemd.notify("STOPPING=1")
+        self._engine.stop(signal.Signals(number).name)
+
+    def _hang_up(self, _number: int, _frame: FrameType | None) -> None:
+        threading.Thread(target=self._reload, name="reload", daemon=True).start()
+
+    # Reload -------------------------------------------------------------------------------------
+
+    def _reload(self) -> None:
+        """Rule 18: a good file holds for new sessions, a bad one is refused and the old one stays."""
+        with self._reloading:
+            systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                self._take_over(self._config if self._source is None else self._source.read())
+            except ConfigError as error:
+                self._refuse(error.faults)
+            except EndpointError as error:
+                self._refuse([error.message])
+            except OSError as error:
+                self._refuse([f"log.path: {error.strerror or error}"])
+            systemd.notify("READY=1")
+
+    def _refuse(self, faults: list[str]) -> None:
+        path = str(self._source.path) if self._source else "-"
+        self._log.emit(vocabulary.ConfigRefused(path=path, faults=faults))
+
+    def _take_over(self, config: Config) -> None:
+        """Everything that can fail comes first; then nothing does."""
+        if config.engine != self._config.engine:
+            raise ConfigError([f"engine: {self._config.engine} is running, and only a restart changes that"])
+        wanted = {_key(each): each for each in config.listeners}
+        pools = _pools(config)
+        opened = open_listeners(
+            [wanted[key] for key in wanted if key not in self._listening], self._inherited
         )
-    )
-    engine.run()
-    service.stopped(clock())
-
-
-def _announce(listener: Listener, log: Log) -> None:
-    for address in listener.addresses:
-        log.emit(
-            vocabulary.ListenerOpened(
-                listener=listener.name,
-                service=listener.service,
-                transport=listener.transport,
-                address=str(address),
-                inherited=listener.inherited,
+        try:
+            self._log.reopen(config.log.path, config.log.level)
+        except OSError:
+            close_listeners(opened)
+            raise
+        kept = [key for key in wanted if key in self._listening]
+        removed = [key for key in self._listening if key not in wanted]
+        self._config = config
+        self._log.emit(
+            vocabulary.ConfigReloaded(
+                path=str(self._source.path) if self._source else "-",
+                added=sorted({listener.name for listener in opened}),
+                removed=sorted(name for name, _ in removed),
+                kept=sorted(name for name, _ in kept),
             )
         )
-        risk = exposure(listener.service, address)
-        if risk is not None:
-            log.emit(vocabulary.ListenerExposed(listener=listener.name, address=str(address), risk=risk))
+        updates = [(each, wanted[key]) for key in kept for each in self._listening[key]]
+        self._engine.post(lambda: self._apply(config, updates, pools))
+        for key in removed:
+            for each in self._listening.pop(key):
+                self._engine.unlisten(each)
+        for listener in opened:
+            self._listeners.append(listener)
+            for each in self._add(listener, pools):
+                self._engine.listen(each)
+
+    def _apply(
+        self, config: Config, updates: Sequence[tuple[Listening, ListenerConfig]], pools: Mapping[str, Pool]
+    ) -> None:
+        """Where the engine's state may be touched."""
+        self._service.reconfigure(config.timeouts, config.limits.buffer, config.log.stats)
+        for listening, listener in updates:
+            _update(listening.policy, listener, pools)
+            sockets.set_options(listening.socket, self._service.dead_peer)
+
+    # The service manager ------------------------------------------------------------------------
+
+    def _keep_reporting(self) -> None:
+        """Has the engine itself report: one that hangs does not, and the manager's watchdog ends it."""
+        interval = min(REPORT_INTERVAL, (systemd.watchdog() or 3 * REPORT_INTERVAL) / 3)
+        while True:
+            self._engine.check(self._report)
+            time.sleep(interval)
+
+    def _report(self) -> None:
+        report = ["WATCHDOG=1", self._status()]
+        if self._service.draining:
+            # until the next report and two more
+            report.append(f"EXTEND_TIMEOUT_USEC={int(3e6 * REPORT_INTERVAL)}")
+        systemd.notify(*report)
+
+    def _status(self) -> str:
+        doing = "draining" if self._service.draining else f"on {', '.join(self._addresses())}"
+        return f"STATUS={self._config.engine} {doing}; {self._service.open_sessions} sessions"
+
+    def _addresses(self) -> list[str]:
+        return [str(each.address) for group in self._listening.values() for each in group]
+
+
+def _key(listener: Listener | ListenerConfig) -> tuple[str, Address]:
+    """What makes a listener the same one after a reload: its name and its address as configured."""
+    return listener.name, listener.requested if isinstance(listener, Listener) else listener.address
+
+
+def _update(policy: Policy, listener: Listener | ListenerConfig, pools: Mapping[str, Pool]) -> None:
+    policy.service = listener.service
+    policy.pool = pools[listener.pool] if listener.pool else None
+    policy.answer_low_ports = listener.answer_low_ports
+
+
+def _pools(config: Config) -> dict[str, Pool]:
+    return {
+        name: Pool(
+            name, [Upstream(str(each.address), tuple(resolve(each.address))) for each in pool.upstreams]
+        )
+        for name, pool in config.pools.items()
+    }
 
 
 def _since_process_start() -> int:

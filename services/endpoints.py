@@ -9,13 +9,12 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from services import systemd
-from services.config import Config, ListenerConfig
+from services.config import ListenerConfig
 from services.core.addresses import Address, Transport
 
 # more than any burst; the kernel cuts it to net.core.somaxconn, which is where a limit belongs
@@ -40,8 +39,9 @@ class EndpointError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A name of the configuration with the sockets bound for it. `addresses` are the real ones, in
-    the order of `sockets`; they stay readable after the sockets are closed.
+    """A name of the configuration with the sockets bound for it. `requested` is the address as
+    configured; `addresses` are the real ones, in the order of `sockets`; they stay readable after the
+    sockets are closed.
     """
 
     name: str
@@ -51,18 +51,24 @@ class Listener:
     answer_low_ports: bool
     sockets: list[socket.socket]
     inherited: bool
+    requested: Address
     addresses: list[Address] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "addresses", [_bound(self.transport, each) for each in self.sockets])
 
 
-def open_listeners(config: Config) -> list[Listener]:
-    """Every listener of `config`, bound and listening. EndpointError, and then nothing is left open."""
-    inherited = systemd.claim()
+def open_listeners(
+    configured: Iterable[ListenerConfig], inherited: Mapping[str, Sequence[socket.socket]]
+) -> list[Listener]:
+    """Every listener, bound and listening. EndpointError, and then nothing is left open.
+
+    `inherited` are the service manager's sockets by name; a listener gets duplicates, so that a reload
+    may drop one and take it up again.
+    """
     listeners: list[Listener] = []
     try:
-        for wanted in config.listeners:
+        for wanted in configured:
             if wanted.address.transport == "systemd":
                 listeners += _adopt(wanted, inherited)
             else:
@@ -120,12 +126,13 @@ def _listener(
         answer_low_ports=wanted.answer_low_ports,
         sockets=sockets,
         inherited=inherited,
+        requested=wanted.address,
     )
 
 
-def _adopt(wanted: ListenerConfig, inherited: dict[str, list[socket.socket]]) -> list[Listener]:
+def _adopt(wanted: ListenerConfig, inherited: Mapping[str, Sequence[socket.socket]]) -> list[Listener]:
     """The sockets handed over under the wanted name; one listener for each transport among them."""
-    sockets = inherited.pop(wanted.address.host, [])
+    sockets = [each.dup() for each in inherited.get(wanted.address.host, [])]
     if not sockets:
         names = ", ".join(sorted(inherited)) or "none"
         raise EndpointError(

@@ -63,22 +63,38 @@ class Log:
         else:
             render = _JsonLine(prefixed=path == "-" and _is_journal(descriptor))
         self._writer = _Writer(descriptor, lambda lines: self.emit(LogDropped(lines=lines)))
+        self._processors = [_Timestamp(), render]
+        self._context: dict[str, Any] = {
+            "schema": SCHEMA,
+            "engine": engine,
+            "instance": instance,
+            "pid": os.getpid(),
+            "worker": worker,
+        }
+        self._say = self._loggers(level)
+        self._writer.start()
+
+    def _loggers(self, level: Level) -> dict[str, Callable[..., None]]:
+        """The logger's method for each level; those below `level` do nothing."""
         logger = structlog.wrap_logger(
             self._writer,
-            processors=[_Timestamp(), render],
+            processors=self._processors,
             wrapper_class=structlog.make_filtering_bound_logger(
                 logging.getLevelNamesMapping()[level.upper()]
             ),
             context_class=dict,
             cache_logger_on_first_use=True,
-            schema=SCHEMA,
-            engine=engine,
-            instance=instance,
-            pid=os.getpid(),
-            worker=worker,
+            **self._context,
         ).bind()
-        self._say: dict[str, Callable[..., None]] = {name: getattr(logger, name) for name in PRIORITIES}
-        self._writer.start()
+        return {name: getattr(logger, name) for name in PRIORITIES}
+
+    def reopen(self, path: str, level: Level) -> None:
+        """From the next line on, write to `path`, opened anew, and from `level` on. OSError, and nothing
+        changed, if it cannot be opened.
+        """
+        descriptor = _open(path)
+        self._say = self._loggers(level)
+        self._writer.redirect(descriptor)
 
     def emit(self, event: Event) -> None:
         """Queues the line of `event`, if its level is logged. Never waits and never fails for the reader."""
@@ -194,6 +210,8 @@ class _Writer:
         # reentrant: the writer says `log_dropped` while it holds it, and so may a signal handler
         self._lock = threading.RLock()
         self._lines: list[bytes] = []
+        # descriptors that take over, in their order
+        self._redirects: list[int] = []
         # how many lines there may be
         self._room = QUEUE
         self._seq = 0
@@ -229,6 +247,13 @@ class _Writer:
     # structlog calls the method of the level
     debug = info = warning = error = put
 
+    def redirect(self, descriptor: int) -> None:
+        """What is queued now goes to the new descriptor; the old one is closed."""
+        with self._lock:
+            self._redirects.append(descriptor)
+            self._asleep = False
+        self._wake.set()
+
     def close(self, timeout: float) -> None:
         with self._lock:
             if self._closing.is_set():
@@ -246,6 +271,7 @@ class _Writer:
         while True:
             with self._lock:
                 lines, self._lines = self._lines, []
+                redirects, self._redirects = self._redirects, []
                 if self._untold and not self._failing:
                     untold, self._untold = self._untold, 0
                     # the queue was emptied just now; this line goes first, also when closing
@@ -253,6 +279,11 @@ class _Writer:
                     self._say_dropped(untold)
                     self._room = room
                 self._asleep = idle = not lines and not self._lines
+            for descriptor in redirects:
+                if self._descriptor not in {STDOUT, descriptor}:
+                    os.close(self._descriptor)
+                self._descriptor = descriptor
+                self._failing = self._torn = False
             if lines:
                 self._write(b"".join(lines))
                 # returns at once when closing

@@ -1,10 +1,11 @@
-"""Descriptors that the service manager hands over (sd_listen_fds(3)).
+"""The service manager's side of a daemon: descriptors it hands over (sd_listen_fds(3)), and what it
+is told (sd_notify(3)).
 
-They are claimed once, before any engine is imported: importing Twisted's endpoints removes the
-same variables from the environment, and Twisted keeps only one descriptor of a name. Sending
-notifications is not done here.
+Descriptors are claimed once, before any engine is imported: importing Twisted's endpoints removes the
+same variables from the environment, and Twisted keeps only one descriptor of a name.
 """
 
+import contextlib
 import os
 import socket
 
@@ -32,3 +33,29 @@ def claim() -> dict[str, list[socket.socket]]:
         inherited.set_inheritable(False)
         sockets.setdefault(by_position.get(position, "unknown"), []).append(inherited)
     return sockets
+
+
+def listens() -> bool:
+    """Whether a service manager wants to hear from us."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
+def notify(*assignments: str) -> None:
+    """Tell the service manager, if there is one. Never waits, and its absence is no fault of ours."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        # "@" stands for the NUL of an abstract name
+        manager.connect("\0" + path[1:] if path.startswith("@") else path)
+        manager.send("\n".join(assignments).encode(), socket.MSG_DONTWAIT)
+
+
+def watchdog() -> float | None:
+    """Seconds within which the manager wants to hear WATCHDOG=1; None where it does not listen for it
+    (sd_watchdog_enabled(3)).
+    """
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    if not microseconds.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    return int(microseconds) / 1e6

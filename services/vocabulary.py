@@ -90,8 +90,22 @@ class ServiceStopped(Totals, frozen=True, kw_only=True):
 
 
 class ConfigReloaded(Event, frozen=True, kw_only=True):
+    """A new configuration holds for new sessions; the listeners are told by name."""
+
     NAME = "config_reloaded"
     path: str
+    added: list[str]
+    removed: list[str]
+    kept: list[str]
+
+
+class ConfigRefused(Event, frozen=True, kw_only=True):
+    """A new configuration has these faults; the old one stays."""
+
+    NAME = "config_refused"
+    LEVEL = "error"
+    path: str
+    faults: list[str]
 
 
 class ListenerOpened(Event, frozen=True, kw_only=True):
@@ -264,6 +278,7 @@ EVENTS: tuple[type[Event], ...] = (
     ServiceDraining,
     ServiceStopped,
     ConfigReloaded,
+    ConfigRefused,
     ListenerOpened,
     ListenerExposed,
     ListenerPaused,

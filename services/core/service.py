@@ -25,9 +25,9 @@ STALL = 1.0
 LAGS_KEPT = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Policy:
-    """What the core needs to know of a listener."""
+    """What the core needs to know of a listener. A reload changes it in place, for the next sessions."""
 
     name: str
     service: Literal["echo", "proxy"]
@@ -117,7 +117,7 @@ class Service:
 
         """
         record = self.open_record(policy, client, local, accept_wait, now)
-        session = Session(record, self, policy.pool)
+        session = Session(record, self.timeouts, self.buffer, policy.pool)
         self.sessions.add(session)
         return session, session.handle(Accepted(), now)
 
@@ -206,6 +206,20 @@ class Service:
                 session=session.record.id if session else None, error=error, traceback=traceback
             )
         )
+
+    def reconfigure(self, timeouts: Timeouts, buffer: int, stats: float) -> None:
+        """From the next session on. What is open keeps what it was admitted with; but the drain, and
+        UDP sessions, which have no end of their own, go by the new times.
+        """
+        self.timeouts = timeouts
+        self.buffer = buffer
+        self._stats_at += stats - self._stats
+        self._stats = stats
+
+    @property
+    def dead_peer(self) -> float:
+        """Seconds after which the kernel gives up on a peer (`Timeouts.dead_peer`)."""
+        return self.timeouts.dead_peer or self.timeouts.idle
 
     # Drain --------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ a session is made; names resolved again and raced addresses (17) concern `_dial`
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from msgspec import Struct
 
@@ -228,19 +228,13 @@ _CAUSE = {CLIENT: "C", UPSTREAM: "S"}
 _NAME: dict[Side, Literal["client", "upstream"]] = {CLIENT: "client", UPSTREAM: "upstream"}
 
 
-class _Limits(Protocol):
-    """What a session needs of its service."""
-
-    timeouts: Timeouts
-    buffer: int
-
-
 class Session:
     """One client from accept to close. Not thread-safe: the engine serialises `handle` and `expire`.
 
     Args:
         record: who it is; stamped until it becomes the session's log line.
-        limits: timeouts, and the bytes a relay may hold.
+        timeouts: for all its life, whatever is reloaded meanwhile.
+        buffer: bytes that a relay may hold.
         pool: where a proxy dials; None is echo.
 
     """
@@ -252,28 +246,27 @@ class Session:
         "_dial_deadline",
         "_dial_loss",
         "_gave_up",
-        "_limits",
         "_lost",
         "_pool",
         "_probed_at",
         "_progress_at",
         "_retries",
+        "_timeouts",
         "_tried",
         "phase",
         "record",
         "relays",
     )
 
-    def __init__(self, record: Record, limits: _Limits, pool: Pool | None) -> None:
+    def __init__(self, record: Record, timeouts: Timeouts, buffer: int, pool: Pool | None) -> None:
         self.record = record
         self.phase = Phase.CHOOSING
-        buffer = limits.buffer
         self.relays: tuple[Relay, ...] = (
             (Relay(record, CLIENT, CLIENT, buffer),)
             if pool is None
             else (Relay(record, CLIENT, UPSTREAM, buffer), Relay(record, UPSTREAM, CLIENT, buffer))
         )
-        self._limits = limits
+        self._timeouts = timeouts
         self._pool = pool
         self._attempt = 0
         self._retries = RETRIES
@@ -286,7 +279,7 @@ class Session:
         # the leg whose peer is gone but whose own direction is still being delivered (rule 5)
         self._broken: Side | None = None
         self._probed_at = record.opened_at
-        self._progress_at = record.opened_at + limits.timeouts.progress
+        self._progress_at = record.opened_at + timeouts.progress
 
     @property
     def over(self) -> bool:
@@ -370,7 +363,7 @@ class Session:
         self.record.upstream_address = address = self._candidates.pop(0)
         # what is left of the budget is shared with the dials that may still follow
         assert self.record.dialled_at is not None
-        left = self.record.dialled_at + self._limits.timeouts.connect - now
+        left = self.record.dialled_at + self._timeouts.connect - now
         self._dial_deadline = now + left / (1 + len(self._candidates) + self._further_upstreams())
         return self._do(Dial(self._attempt, address))
 
@@ -523,7 +516,7 @@ class Session:
             return (), False
         progress = now >= self._progress_at
         if progress:
-            self._progress_at = now + self._limits.timeouts.progress
+            self._progress_at = now + self._timeouts.progress
         if now >= self._patience_ends():
             return self._out_of_patience(now), progress
         legs = self._unread_legs()
@@ -535,7 +528,7 @@ class Session:
     def _patience_ends(self) -> float:
         if self.phase is not Phase.RELAYING:
             return float("inf") if self._gave_up else self._dial_deadline
-        timeouts = self._limits.timeouts
+        timeouts = self._timeouts
         moved = self.record.moved_at
         ends = [relay.ended_at for relay in self.relays if relay.ended_at is not None]
         if ends:

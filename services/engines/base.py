@@ -23,12 +23,15 @@ calls `Service.retire` with the TCP_INFO it took before.
 *Time.* `session.deadline()` is asked for after every event and whenever a send would block; at that
 time `Service.expire_session` is called. `Service.deadline` and `expire` are the same for the service.
 
-*Other threads* and signal handlers use `post(fn)` only: `fn` runs where the engine's state may be
-touched.
+*Other threads* and signal handlers may call the public methods, and nothing else. `post(fn)` runs
+`fn` where the service's state may be touched; `check(fn)` runs it once everything that accepts or
+keeps time has come round since: a hung engine never does.
 
-*Stopping.* `stop(reason)`, posted: what already waits in our own backlogs is accepted, then the
-listeners are closed (an inherited one is never shut down: others may hold it), and `run` returns when
-the last session has been retired.
+*Listeners* come and go: `listen(listening)`, `unlisten(listening)`. Of one that goes, what already
+waits in its backlog is accepted; an inherited one is closed but never shut down: others may hold it.
+
+*Stopping.* `stop(reason)` lets every listener go, and `run` returns when the last session has been
+retired. A second SIGINT cuts what is open (`Service.drain`).
 
 *Faults.* An exception that is not an OSError is a bug of ours: it is logged with its traceback and
 costs the session it happened in (`Cut("I")`).
@@ -65,7 +68,9 @@ ENGINES = {
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """One bound socket, non-blocking, and listening unless it is UDP."""
+    """One bound socket, non-blocking, with the options of `sockets.set_options`, and listening unless
+    it is UDP.
+    """
 
     policy: Policy
     socket: socket.socket
@@ -83,10 +88,19 @@ class Engine(Protocol):
         """Serve until drained."""
 
     def stop(self, reason: str) -> None:
-        """Drain, then let `run` return; once more: cut what is open. Only by way of `post`."""
+        """Drain, then let `run` return."""
 
-    def post(self, function: Callable[[], None]) -> None:
-        """Run `function` where the engine's state may be touched. Safe in threads and signal handlers."""
+    def listen(self, listening: Listening) -> None:
+        """Accept its clients from now on."""
+
+    def unlisten(self, listening: Listening) -> None:
+        """Accept what waits, then close it."""
+
+    def check(self, done: Callable[[], None]) -> None:
+        """Call `done` once every thread that accepts or keeps time has come round."""
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Run `function` where the service's state may be touched."""
 
 
 def load(name: str) -> type[Engine]:

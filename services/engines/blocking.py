@@ -13,8 +13,10 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 
 from services import vocabulary
@@ -47,6 +49,9 @@ from services.engines.deadlines import Deadlines
 # A sender, or a connecting thread, looks up this often whether its session still wants it.
 LOOK_UP = 0.5
 _SNDTIMEO = struct.pack("ll", 0, int(LOOK_UP * 1e6))
+# A thread that waits for clients or deadlines comes round this often, so that one that hangs is missed.
+ROUND = 1.0
+MISSED_ROUNDS = 3
 # The first read of a relay; it grows to CHUNK once reads fill it, so that idle threads stay small.
 FIRST_READ = 4096
 
@@ -78,6 +83,19 @@ class _Conversation:
         self.threads = 0
 
 
+class _Acceptor:
+    """The thread of one listener."""
+
+    def __init__(self, listening: Listening, work: Callable[["_Acceptor"], None]) -> None:
+        self.listening = listening
+        self.thread = threading.Thread(target=work, args=(self,), daemon=True)
+        self.stopping = sockets.Wakeup()
+        self.poll = select.poll()
+        self.poll.register(listening.socket, select.POLLIN)
+        self.poll.register(self.stopping, select.POLLIN)
+        self.seen = 0.0  # when it last came round
+
+
 class Engine:
     """See `base.py` for the contract."""
 
@@ -85,60 +103,68 @@ class Engine:
         self._listeners = list(listeners)
         self._service = service
         self._clock = clock
-        self._dead_peer = service.timeouts.dead_peer or service.timeouts.idle
-        self._stopping = sockets.Wakeup()
         self._posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # guards everything below, the service and the sessions; reentrant only for `_leave`
+        # guards everything below, the service and the sessions
         self._lock = threading.Lock()
         self._conversations: dict[Session, _Conversation] = {}
         self._deadlines = Deadlines()
         self._rearmed = threading.Condition(self._lock)
         self._stopped = False
-        self._acceptors: list[threading.Thread] = []
+        self._acceptors: dict[Listening, _Acceptor] = {}
+        # when the timer thread last came round
+        self._timer_seen = clock()
 
     def run(self) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL)
-        for listening in self._listeners:
-            sockets.set_options(listening.socket, self._dead_peer)
-            accept = self._answer if listening.policy.transport == "udp" else self._accept
-            self._acceptors.append(threading.Thread(target=accept, args=(listening,), daemon=True))
         timer = threading.Thread(target=self._expire, daemon=True)
-        for thread in (timer, *self._acceptors):
-            thread.start()
+        timer.start()
+        for listening in self._listeners:
+            self._listen(listening)
         while not self._service.drained:
             self._posted.get()()
         with self._lock:
             self._stopped = True
             self._rearmed.notify()
         timer.join()
-        self._stopping.close()
 
     def stop(self, reason: str) -> None:
-        if not self._service.draining:
-            self._stopping.wake()
-            for acceptor in self._acceptors:
-                acceptor.join()
+        self._posted.put(partial(self._stop, reason))
+
+    def listen(self, listening: Listening) -> None:
+        self._posted.put(partial(self._listen, listening))
+
+    def unlisten(self, listening: Listening) -> None:
+        self._posted.put(partial(self._unlisten, listening))
+
+    def check(self, done: Callable[[], None]) -> None:
+        self._posted.put(partial(self._check, done))
+
+    def post(self, function: Callable[[], object]) -> None:
+        self._posted.put(partial(self._run_posted, function))
+
+    def _run_posted(self, function: Callable[[], object]) -> None:
         with self._lock:
-            self._service.drain(reason, self._clock())
+            function()
             self._rearmed.notify()
 
-    def post(self, function: Callable[[], None]) -> None:
-        self._posted.put(function)
+    def _check(self, done: Callable[[], None]) -> None:
+        seen = [acceptor.seen for acceptor in self._acceptors.values()] + [self._timer_seen]
+        if min(seen) > self._clock() - MISSED_ROUNDS * ROUND:
+            done()
 
     # Beginning ----------------------------------------------------------------------------------
 
-    def _accept(self, listening: Listening) -> None:
+    def _accept(self, acceptor: _Acceptor) -> None:
         """The thread of one listener: waits for clients, or for the end."""
-        while not self._wait(listening):
-            self._accept_waiting(listening)
-        self._drain(listening)
+        while self._wait(acceptor):
+            self._accept_waiting(acceptor.listening)
+        self._drain(acceptor)
 
-    def _wait(self, listening: Listening) -> bool:
-        """Until something waits at the listener; True when it is time to stop."""
-        poll = select.poll()
-        poll.register(listening.socket, select.POLLIN)
-        poll.register(self._stopping, select.POLLIN)
-        return any(fd == self._stopping.fileno() for fd, _ in poll.poll())
+    def _wait(self, acceptor: _Acceptor) -> bool:
+        """Until something waits at the listener, or a round is over; False when it is time to stop."""
+        acceptor.seen = self._clock()
+        ready = acceptor.poll.poll(ROUND * 1000)
+        return all(fd != acceptor.stopping.fileno() for fd, _ in ready)
 
     def _accept_waiting(self, listening: Listening) -> None:
         """All that wait: this thread has nothing else to do, and the open sessions have their own."""
@@ -167,7 +193,7 @@ class Engine:
     def _dial(self, session: Session, dial: Dial) -> None:
         """The thread of one dial. connect(2) waits for LOOK_UP at most, and may be called again."""
         try:
-            sock = sockets.dial_socket(dial.address, self._dead_peer)
+            sock = sockets.dial_socket(dial.address, self._service.dead_peer)
         except OSError as error:
             self._tell(session, DialFailed(dial.attempt, sockets.loss_of(error)))
             return
@@ -273,8 +299,8 @@ class Engine:
             with self._lock:
                 now = self._clock()
                 while not self._stopped and now < (due := self._next_deadline()):
-                    self._rearmed.wait(min(due - now, threading.TIMEOUT_MAX))
-                    now = self._clock()
+                    self._rearmed.wait(min(due - now, ROUND))
+                    now = self._timer_seen = self._clock()
                 if self._stopped:
                     return
                 session = self._deadlines.pop(now)
@@ -350,7 +376,7 @@ class Engine:
             self._service.retire(session, self._clock(), infos[CLIENT], infos[UPSTREAM])
             drained = self._service.drained
         if drained:
-            self.post(lambda: None)  # `run` looks again
+            self._posted.put(lambda: None)  # `run` looks again
 
     # Ending -------------------------------------------------------------------------------------
 
@@ -365,13 +391,33 @@ class Engine:
         with contextlib.suppress(OSError):
             leg.sock.shutdown(socket.SHUT_RDWR)
 
-    def _drain(self, listening: Listening) -> None:
-        """Accept what already waits, then stop listening."""
-        if listening.policy.transport != "udp":
-            self._accept_waiting(listening)
-        listening.socket.close()
+    def _drain(self, acceptor: _Acceptor) -> None:
+        """The acceptor's last act: accept what already waits, then stop listening."""
+        if acceptor.listening.policy.transport != "udp":
+            self._accept_waiting(acceptor.listening)
+        acceptor.listening.socket.close()
+        acceptor.stopping.close()
+
+    def _stop(self, reason: str) -> None:
+        acceptors = list(self._acceptors.values())
+        for acceptor in acceptors:
+            self._unlisten(acceptor.listening)
+        for acceptor in acceptors:
+            acceptor.thread.join()
+        with self._lock:
+            self._service.drain(reason, self._clock())
+            self._rearmed.notify()
 
     # Listeners ----------------------------------------------------------------------------------
+
+    def _listen(self, listening: Listening) -> None:
+        work = self._answer if listening.policy.transport == "udp" else self._accept
+        acceptor = self._acceptors[listening] = _Acceptor(listening, work)
+        acceptor.seen = self._clock()
+        acceptor.thread.start()
+
+    def _unlisten(self, listening: Listening) -> None:
+        self._acceptors.pop(listening).stopping.wake()
 
     def _pause(self, listening: Listening, loss: Loss) -> None:
         """Out of descriptors: open sessions go on, and accepting is tried again a little later."""
@@ -382,16 +428,16 @@ class Engine:
                 pause_us=int(sockets.EXHAUSTED_PAUSE * 1e6),
             )
         )
-        select.select([self._stopping], [], [], sockets.EXHAUSTED_PAUSE)
+        time.sleep(sockets.EXHAUSTED_PAUSE)
 
-    def _answer(self, listening: Listening) -> None:
+    def _answer(self, acceptor: _Acceptor) -> None:
         """The thread of one UDP socket: echoes what comes. What the kernel will not take at once is
         dropped and counted.
         """
-        sock = listening.socket
+        listening, sock = acceptor.listening, acceptor.listening.socket
         with self._lock:
             datagrams = Datagrams(listening.policy, listening.address, self._service)
-        while not self._wait(listening):
+        while self._wait(acceptor):
             for _ in range(MOST_DATAGRAMS):
                 try:
                     data, peer = sock.recvfrom(DATAGRAM)
@@ -413,4 +459,4 @@ class Engine:
                     session.answered(len(data), self._clock())
         with self._lock:
             datagrams.close(self._clock())
-        self._drain(listening)
+        self._drain(acceptor)

@@ -80,13 +80,12 @@ class Engine:
     """See `base.py` for the contract."""
 
     def __init__(self, listeners: Sequence[Listening], service: Service, clock: Callable[[], float]) -> None:
-        self._listeners = list(listeners)
+        self._listeners = set(listeners)
         self._service = service
         self._clock = clock
-        self._dead_peer = service.timeouts.dead_peer or service.timeouts.idle
         self._selector = selectors.DefaultSelector()
         self._wakeup = sockets.Wakeup()
-        self._posted: deque[Callable[[], None]] = deque()
+        self._posted: deque[Callable[[], object]] = deque()
         self._legs: dict[Session, dict[Side, _Leg]] = {}
         self._datagrams: dict[Listening, Datagrams] = {}
         self._deadlines = Deadlines()
@@ -98,9 +97,6 @@ class Engine:
         select, clock = self._selector.select, self._clock
         self._selector.register(self._wakeup, EVENT_READ, self._run_posted)
         for listening in self._listeners:
-            sockets.set_options(listening.socket, self._dead_peer)
-            if listening.policy.transport == "udp":
-                self._datagrams[listening] = Datagrams(listening.policy, listening.address, self._service)
             self._listen(listening)
         while not self._service.drained:
             now, due = clock(), self._next_deadline()
@@ -116,12 +112,18 @@ class Engine:
         self._wakeup.close()
 
     def stop(self, reason: str) -> None:
-        if not self._service.draining:
-            self._drain()
-        self._service.drain(reason, self._clock())
-        self._service_deadline = self._service.deadline()
+        self.post(partial(self._stop, reason))
 
-    def post(self, function: Callable[[], None]) -> None:
+    def listen(self, listening: Listening) -> None:
+        self.post(partial(self._listen, listening))
+
+    def unlisten(self, listening: Listening) -> None:
+        self.post(partial(self._drain, listening))
+
+    def check(self, done: Callable[[], None]) -> None:
+        self.post(done)
+
+    def post(self, function: Callable[[], object]) -> None:
         self._posted.append(function)
         self._wakeup.wake()
 
@@ -129,6 +131,7 @@ class Engine:
         self._wakeup.clear()
         while self._posted:
             self._posted.popleft()()
+        self._service_deadline = self._service.deadline()
 
     # Beginning ----------------------------------------------------------------------------------
 
@@ -160,7 +163,7 @@ class Engine:
 
     def _dial(self, session: Session, dial: Dial, now: float) -> None:
         try:
-            sock = sockets.dial_socket(dial.address, self._dead_peer)
+            sock = sockets.dial_socket(dial.address, self._service.dead_peer)
         except OSError as error:
             self._tell(session, DialFailed(dial.attempt, sockets.loss_of(error)), now)
             return
@@ -372,31 +375,42 @@ class Engine:
             infos = [legs[side].info if side in legs else NO_TCP_INFO for side in Side]
             self._service.retire(leg.session, now, *infos)
 
-    def _drain(self) -> None:
+    def _drain(self, listening: Listening) -> None:
         """Accept what already waits, then stop listening."""
-        for listening in self._listeners:
-            if listening.policy.transport == "udp":
-                self._datagrams[listening].close(self._clock())
-            else:
-                self._accept(listening, EVENT_READ, most=NEVER)
-            self._unlisten(listening)
-            listening.socket.close()
+        if listening.policy.transport == "udp":
+            self._datagrams.pop(listening).close(self._clock())
+        else:
+            self._accept(listening, EVENT_READ, most=NEVER)
+        self._ignore(listening)
+        listening.socket.close()
+        self._listeners.discard(listening)
+
+    def _stop(self, reason: str) -> None:
+        for listening in list(self._listeners):
+            self._drain(listening)
+        self._service.drain(reason, self._clock())
 
     # Listeners ----------------------------------------------------------------------------------
 
     def _listen(self, listening: Listening) -> None:
-        if listening.socket.fileno() >= 0:
+        self._listeners.add(listening)
+        if listening.policy.transport == "udp":
+            self._datagrams[listening] = Datagrams(listening.policy, listening.address, self._service)
+        self._await(listening)
+
+    def _await(self, listening: Listening) -> None:
+        if listening in self._listeners:
             ready = self._answer if listening.policy.transport == "udp" else self._accept
             self._selector.register(listening.socket, EVENT_READ, partial(ready, listening))
 
-    def _unlisten(self, listening: Listening) -> None:
+    def _ignore(self, listening: Listening) -> None:
         if listening.socket in self._selector.get_map():
             self._selector.unregister(listening.socket)
 
     def _pause(self, listening: Listening, loss: Loss) -> None:
         """Out of descriptors: open sessions go on, and accepting is tried again a little later."""
-        self._unlisten(listening)
-        self._call_later(sockets.EXHAUSTED_PAUSE, partial(self._listen, listening))
+        self._ignore(listening)
+        self._call_later(sockets.EXHAUSTED_PAUSE, partial(self._await, listening))
         self._service.emit(
             vocabulary.ListenerPaused(
                 listener=listening.policy.name,

@@ -11,9 +11,10 @@ mode, cuts the backlog to 50 and removes the path of a socket that is not ours.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred, succeed
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, IReadDescriptor
 from twisted.internet.main import installReactor
@@ -177,7 +178,6 @@ class Engine:
         self._listeners = list(listeners)
         self._service = service
         self._clock = clock
-        self._dead_peer = service.timeouts.dead_peer or service.timeouts.idle
         self._reactor: Any = _Reactor()
         # the reactor's own clock is the wall's: when that is set, every timer would move
         self._reactor.seconds = clock
@@ -195,21 +195,24 @@ class Engine:
         observers: Any = [self._observe]
         globalLogBeginner.beginLoggingTo(observers, redirectStandardIO=False, discardBuffer=True)
         for listening in self._listeners:
-            sockets.set_options(listening.socket, self._dead_peer)
             self._listen(listening)
         self._arm_service()
-        self._reactor.addSystemEventTrigger("before", "shutdown", self._drain)
+        self._reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
         self._reactor.run(installSignalHandlers=False)
 
     def stop(self, reason: str) -> None:
-        if self._service.draining:
-            self._service.drain(reason, self._clock())
-            self._arm_service()
-        else:
-            self._reason = reason
-            self._reactor.stop()  # which drains first
+        self.post(partial(self._stop, reason))
 
-    def post(self, function: Callable[[], None]) -> None:
+    def listen(self, listening: Listening) -> None:
+        self.post(partial(self._listen, listening))
+
+    def unlisten(self, listening: Listening) -> None:
+        self.post(partial(self._drain, listening))
+
+    def check(self, done: Callable[[], None]) -> None:
+        self.post(done)
+
+    def post(self, function: Callable[[], object]) -> None:
         self._reactor.callFromThread(function)
 
     # Beginning ----------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ class Engine:
         self._connectors[session] = connector
 
     def _dialled(self, leg: _Leg, dial: Dial) -> None:
-        sockets.set_options(leg.transport.getHandle(), self._dead_peer)
+        sockets.set_options(leg.transport.getHandle(), self._service.dead_peer)
         self._tell(leg.session, Dialled(dial.attempt))
 
     def _dial_failed(self, leg: _Leg, dial: Dial, reason: Failure) -> None:
@@ -441,22 +444,35 @@ class Engine:
         if self._service.drained:
             self._finish()
 
-    def _drain(self) -> Deferred[Any]:
-        """Accept what already waits, stop listening, and have the reactor wait for the rest."""
-        for listening, acceptor in self._acceptors.items():
+    def _drain(self, listening: Listening) -> Deferred[Any]:
+        """Accept what already waits, then stop listening."""
+        closed: Deferred[Any] = succeed(None)
+        if listening in self._acceptors:
             self._accept(listening, most=NEVER)
-            self._reactor.removeReader(acceptor)
-            listening.socket.close()
-        ports = []
-        for listening, (answerer, port) in self._answerers.items():
+            self._reactor.removeReader(self._acceptors.pop(listening))
+        elif listening in self._answerers:
+            answerer, port = self._answerers.pop(listening)
             answerer.datagrams.close(self._clock())
-            ports.append(maybeDeferred(port.stopListening))
-            listening.socket.close()
+            closed = maybeDeferred(port.stopListening)
+        listening.socket.close()
+        return closed
+
+    def _stop(self, reason: str) -> None:
+        if self._service.draining:
+            self._service.drain(reason, self._clock())
+            self._arm_service()
+        else:
+            self._reason = reason
+            self._reactor.stop()
+
+    def _shut_down(self) -> Deferred[Any]:
+        """What the reactor does, and waits for, before it stops."""
+        closed = [self._drain(listening) for listening in [*self._acceptors, *self._answerers]]
         self._service.drain(self._reason, self._clock())
         self._arm_service()
         if self._service.drained:
             self._finish()
-        return DeferredList([*ports, self._drained])
+        return DeferredList([*closed, self._drained])
 
     def _finish(self) -> None:
         if not self._drained.called:
@@ -477,9 +493,8 @@ class Engine:
 
     def _pause(self, listening: Listening, loss: Loss) -> None:
         """Out of descriptors: open sessions go on, and accepting is tried again a little later."""
-        acceptor = self._acceptors[listening]
-        self._reactor.removeReader(acceptor)
-        self._reactor.callLater(sockets.EXHAUSTED_PAUSE, self._resume, acceptor)
+        self._reactor.removeReader(self._acceptors[listening])
+        self._reactor.callLater(sockets.EXHAUSTED_PAUSE, self._resume, listening)
         self._service.emit(
             vocabulary.ListenerPaused(
                 listener=listening.policy.name,
@@ -488,9 +503,9 @@ class Engine:
             )
         )
 
-    def _resume(self, acceptor: _Acceptor) -> None:
-        if acceptor.fileno() >= 0:
-            self._reactor.addReader(acceptor)
+    def _resume(self, listening: Listening) -> None:
+        if listening in self._acceptors:
+            self._reactor.addReader(self._acceptors[listening])
 
     def _answer(self, answerer: _Answerer, datagram: bytes, peer: tuple[str, int]) -> None:
         host, port = peer[:2]
