@@ -13,6 +13,7 @@ from typing import Any, get_args
 import click
 from msgspec.structs import replace
 
+from services import systemd
 from services.config import ENGINES, Config, ConfigError, Source, from_flags, load
 from services.vocabulary import Level
 
@@ -137,7 +138,7 @@ def check(path: Path) -> int:
         load(path)
     except ConfigError as error:
         return _fail_all([f"{path}: {fault}" for fault in error.faults], CONFIGURATION)
-    click.echo(f"{path}: ok")
+    click.echo(f"{'<6>' if systemd.is_journal(1) else ''}{path}: ok")
     return 0
 
 
@@ -219,8 +220,10 @@ def _fail_all(faults: Sequence[str], code: int) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    # sd-daemon(3): an error, also where the journal took stderr for something milder
+    priority = "<3>" if systemd.is_journal(2) else ""
     # click breaks some of its messages into lines
-    click.echo(f"triptych: {' '.join(message.split())}", err=True)
+    click.echo(f"{priority}triptych: {' '.join(message.split())}", err=True)
     return code
 
 

@@ -1,12 +1,13 @@
 """One process's life: sockets, log, service, engine, signals, reload, drain.
 
-The order is the point: sockets are bound before an engine is imported, so that a fault of the set-up
+The order is the point: termination signals are blocked before there is any second thread, and one
+thread waits for them (a signal that a thread's wait swallows would otherwise be seen by nobody); sockets are bound before an engine is imported, so that a fault of the set-up
 is told at once and an engine never meets a name; the log is opened before the first session; the
-engine runs in the main thread, where Python delivers signals, until it is drained.
+engine runs in the main thread until it is drained.
 
-Beside the engine there are at most three threads, which touch nothing of it but its public methods:
-one that reloads (it resolves names), one that tells the service manager how it goes, and one that
-answers Prometheus.
+Beside the engine there are a few threads, which touch nothing of it but its public methods: one waits
+for signals, one reloads (it resolves names), one tells the service manager how it goes, and one answers
+Prometheus.
 """
 
 import os
@@ -18,7 +19,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 from services import systemd, vocabulary
 from services.config import Config, ConfigError, ListenerConfig, Source
@@ -34,6 +34,7 @@ _STAT = Path("/proc/self/stat")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
+SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 # The service manager hears of us this often where it has no watchdog.
 REPORT_INTERVAL = 10.0
 
@@ -75,6 +76,7 @@ def run(config: Config, *, instance: str = "-", source: Source | None = None) ->
     if sys.platform != "linux":
         # TCP_INFO, TCP_USER_TIMEOUT, SIOCOUTQ and eventfd: what the behaviour table rests on
         raise EndpointError(f"the daemons need Linux, and this is {sys.platform}", 71)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     inherited = systemd.claim()
     listeners = open_listeners(config.listeners, inherited)
     try:
@@ -149,9 +151,7 @@ class _Daemon:
         self._engine: Engine = load(self._config.engine)(listening, self._service, time.monotonic)
         if self._config.engine != "blocking" and not hasattr(select, "epoll"):
             self._log.emit(vocabulary.EngineDegraded(lacking="epoll", instead="poll"))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-        signal.signal(signal.SIGHUP, self._hang_up)
+        threading.Thread(target=self._await_signals, name="signals", daemon=True).start()
         self._log.emit(vocabulary.ServiceReady(addresses=self._addresses(), start_us=_since_process_start()))
         systemd.notify("READY=1", self._status())
         if systemd.listens():
@@ -161,12 +161,14 @@ class _Daemon:
 
     # Signals ------------------------------------------------------------------------------------
 
-    def _stop(self, number: int, _frame: FrameType | None) -> None:
-        systemd.notify("STOPPING=1")
-        self._engine.stop(signal.Signals(number).name)
-
-    def _hang_up(self, _number: int, _frame: FrameType | None) -> None:
-        threading.Thread(target=self._reload, name="reload", daemon=True).start()
+    def _await_signals(self) -> None:
+        while True:
+            number = signal.sigwait(SIGNALS)
+            if number == signal.SIGHUP:
+                threading.Thread(target=self._reload, name="reload", daemon=True).start()
+            else:
+                systemd.notify("STOPPING=1")
+                self._engine.stop(signal.Signals(number).name)
 
     # Reload -------------------------------------------------------------------------------------
 

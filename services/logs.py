@@ -10,7 +10,6 @@ processors that ends in bytes. The chain runs outside the lock; only the number 
 and its place in the queue are taken under it, so that lines stand in the order of their numbers.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -23,7 +22,8 @@ from typing import Any
 
 import msgspec
 
-from services.vocabulary import SCHEMA, Event, Level, LogDropped
+from services import systemd
+from services.vocabulary import SCHEMA, EngineStats, Event, Level, LogDropped, Session, SessionRefused
 
 # structlog imports rich and Twisted when they are there, and uses neither here: together more than
 # half of its import time, and Twisted's modules in engines that do without them. None in
@@ -48,6 +48,10 @@ STDOUT = 1
 PRIORITIES: dict[str, int] = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 
 
+# One for every session, or at every interval: too many for a journal with a rate limit.
+FREQUENT = (Session, SessionRefused, EngineStats)
+
+
 class Log:
     """The log of one process.
 
@@ -57,11 +61,12 @@ class Log:
 
     def __init__(self, path: str, level: Level, engine: str, instance: str = "-", worker: int = 0) -> None:
         descriptor = _open(path)
+        to_journal = systemd.is_journal(STDOUT)
         render: _JsonLine | _TextLine
         if path == "-" and os.isatty(descriptor):
             render = _TextLine()
         else:
-            render = _JsonLine(prefixed=path == "-" and _is_journal(descriptor))
+            render = _JsonLine(prefixed=path == "-" and to_journal, copied=path != "-" and to_journal)
         self._writer = _Writer(descriptor, lambda lines: self.emit(LogDropped(lines=lines)))
         self._processors = [_Timestamp(), render]
         self._context: dict[str, Any] = {
@@ -73,6 +78,11 @@ class Log:
         }
         self._say = self._loggers(level)
         self._writer.start()
+        if path != "-" and to_journal:
+            # What the file has in full, `journalctl` has in outline. The journal stalls in a queue of
+            # its own, and what it loses stands in the file.
+            self._writer.journal = _Writer(STDOUT, lambda _lines: None)
+            self._writer.journal.start()
 
     def _loggers(self, level: Level) -> dict[str, Callable[..., None]]:
         """The logger's method for each level; those below `level` do nothing."""
@@ -108,6 +118,8 @@ class Log:
     def close(self, timeout: float = 2.0) -> None:
         """Writes what is queued, for at most `timeout` seconds; what is emitted from now on is dropped."""
         self._writer.close(timeout)
+        if self._writer.journal is not None:
+            self._writer.journal.close(timeout)
 
 
 class _Timestamp:
@@ -131,31 +143,38 @@ class _JsonLine:
     """The last processor: what stands before `seq` and what stands after it.
 
     All but the timestamp is the same in every line of one kind of event before `seq`, so it is
-    encoded once for a kind. `prefixed` puts the priority in front for journald.
+    encoded once for a kind. `prefixed` puts the priority in front for journald; `copied` asks for a
+    copy there of what is not of one session or a statistic.
     """
 
-    def __init__(self, *, prefixed: bool) -> None:
+    def __init__(self, *, prefixed: bool, copied: bool) -> None:
         self._prefixed = prefixed
-        self._heads: dict[type[Event], tuple[bytes, bytes]] = {}
+        self._copied = copied
+        self._heads: dict[type[Event], tuple[bytes, bytes, bytes]] = {}
         self._encode = msgspec.json.Encoder().encode
 
     def __call__(
         self, _logger: object, level: str, line: EventDict
-    ) -> tuple[tuple[bytes, bytes], dict[str, Any]]:
+    ) -> tuple[tuple[bytes, bytes, bytes], dict[str, Any]]:
         event = line.pop("fields")
         head = self._heads.get(type(event))
         if head is None:
             keys = ("event", "schema", "engine", "instance", "pid", "worker")
             fixed = self._encode({"level": level, **{key: line[key] for key in keys}})
-            prefix = b"<%d>" % PRIORITIES[level] if self._prefixed else b""
-            head = self._heads[type(event)] = (prefix + b'{"timestamp":"', b'",' + fixed[1:-1] + b',"seq":')
+            priority = b"<%d>" % PRIORITIES[level]
+            copied = self._copied and (level == "error" or not isinstance(event, FREQUENT))
+            head = self._heads[type(event)] = (
+                (priority if self._prefixed else b"") + b'{"timestamp":"',
+                b'",' + fixed[1:-1] + b',"seq":',
+                priority if copied else b"",
+            )
         try:
             fields = self._encode(event)
         except UnicodeEncodeError:
             fields = b""
         if not fields or not fields.isascii():
             fields = _escaped(event)
-        return (head[0] + line["timestamp"].encode() + head[1], b"," + fields[1:] + b"\n"), {}
+        return (head[0] + line["timestamp"].encode() + head[1], b"," + fields[1:] + b"\n", head[2]), {}
 
 
 def _escaped(event: Event) -> bytes:
@@ -205,6 +224,8 @@ class _Writer:
 
     def __init__(self, descriptor: int, say_dropped: Callable[[int], None]) -> None:
         self.dropped = 0
+        # where lines are copied to
+        self.journal: _Writer | None = None
         self._descriptor = descriptor
         self._say_dropped = say_dropped
         # reentrant: the writer says `log_dropped` while it holds it, and so may a signal handler
@@ -230,11 +251,15 @@ class _Writer:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, head: bytes, tail: bytes) -> None:
-        """Queues one line; `seq` comes between head and tail, unless there is no tail."""
+    def put(self, head: bytes, tail: bytes, copied: bytes = b"") -> None:
+        """Queues one line; `seq` comes between head and tail, unless there is no tail. With a priority
+        in `copied`, the line goes to the journal too.
+        """
         with self._lock:
             seq = self._seq
             self._seq = seq + 1
+            if copied and self.journal is not None:
+                self.journal.put(b"%b%b%d%b" % (copied, head, seq, tail), b"")
             if len(self._lines) >= self._room:
                 self._lose(1)
                 return
@@ -338,12 +363,3 @@ def _open(path: str) -> int:
     if sys.__stdout__ is None:
         raise OSError("stdout is closed; use --log FILE")
     return STDOUT
-
-
-def _is_journal(descriptor: int) -> bool:
-    """Whether this is the stream that journald gave us (systemd.exec(5)), and not a redirection."""
-    with contextlib.suppress(ValueError):
-        device, inode = map(int, os.environ.get("JOURNAL_STREAM", "").split(":"))
-        status = os.fstat(descriptor)
-        return (device, inode) == (status.st_dev, status.st_ino)
-    return False

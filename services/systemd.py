@@ -35,6 +35,15 @@ def claim() -> dict[str, list[socket.socket]]:
     return sockets
 
 
+def is_journal(descriptor: int) -> bool:
+    """Whether this is the stream that journald gave us (systemd.exec(5)), and not a redirection."""
+    with contextlib.suppress(ValueError, OSError):
+        device, inode = map(int, os.environ.get("JOURNAL_STREAM", "").split(":"))
+        status = os.fstat(descriptor)
+        return (device, inode) == (status.st_dev, status.st_ino)
+    return False
+
+
 def listens() -> bool:
     """Whether a service manager wants to hear from us."""
     return bool(os.environ.get("NOTIFY_SOCKET"))

@@ -42,7 +42,7 @@ def opened() -> Iterator[Open]:
     every: list[Listener] = []
 
     def open_them(*addresses: str, service: Service = "echo") -> list[Listener]:
-        listeners = open_listeners(configured(*addresses, service=service))
+        listeners = open_listeners(configured(*addresses, service=service).listeners, {})
         every.extend(listeners)
         return listeners
 
@@ -65,7 +65,7 @@ def two_addresses(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def fails(*addresses: str, service: Service = "echo") -> EndpointError:
     with pytest.raises(EndpointError) as caught:
-        open_listeners(configured(*addresses, service=service))
+        open_listeners(configured(*addresses, service=service).listeners, {})
     assert len(caught.value.message.splitlines()) == 1
     return caught.value
 
@@ -158,7 +158,7 @@ def test_both_wildcards_can_be_had_on_one_port(opened: Open) -> None:
 
 def test_a_unix_listener_takes_connections_and_its_file_goes_with_it(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    listeners = open_listeners(configured(f"unix:{path}"))
+    listeners = open_listeners(configured(f"unix:{path}").listeners, {})
     assert listeners[0].addresses == [Address("unix", str(path))]
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
@@ -194,9 +194,9 @@ def test_a_file_that_is_no_socket_is_never_replaced(tmp_path: Path) -> None:
 
 def test_the_file_of_a_successor_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    listeners = open_listeners(configured(f"unix:{path}"))
+    listeners = open_listeners(configured(f"unix:{path}").listeners, {})
     listeners[0].sockets[0].close()
-    successors = open_listeners(configured(f"unix:{path}"))
+    successors = open_listeners(configured(f"unix:{path}").listeners, {})
     close_listeners(listeners)
     assert path.is_socket()
     close_listeners(successors)
@@ -252,6 +252,7 @@ INHERIT = """
 import os, sys
 from services.config import Config, ListenerConfig
 from services.core.addresses import Address
+from services import systemd
 from services.endpoints import EndpointError, close_listeners, open_listeners
 service = sys.argv[1]
 os.environ["LISTEN_PID"] = str(os.getpid() + int(sys.argv[3]))
@@ -260,7 +261,7 @@ config = Config(listeners=tuple(
     for name in sys.argv[2].split(",")
 ))
 try:
-    listeners = open_listeners(config)
+    listeners = open_listeners(config.listeners, systemd.claim())
 except EndpointError as error:
     sys.exit(f"{error.exit_code} {error.message}")
 for each in listeners:

@@ -27,7 +27,7 @@ ENVELOPE = ["timestamp", "level", "event", "schema", "engine", "instance", "pid"
 
 
 def note(path: str = "x") -> ConfigReloaded:
-    return ConfigReloaded(path=path)
+    return ConfigReloaded(path=path, added=[], removed=[], kept=[])
 
 
 OPENED = SessionOpened(
@@ -165,7 +165,7 @@ print(slowest, log.dropped, file=sys.stderr, flush=True)
 sys.stdin.readline()
 time.sleep(0.3)
 for _ in range(5):
-    log.emit(ConfigReloaded(path="after"))
+    log.emit(ConfigReloaded(path="after", added=[], removed=[], kept=[]))
 log.close()
 print(log.dropped, file=sys.stderr)
 """
@@ -226,7 +226,7 @@ def test_a_process_ends_though_its_blocking_stdout_is_stalled() -> None:
     source = """
 log = Log("-", "info", "blocking")
 for _ in range(2000):
-    log.emit(ConfigReloaded(path="x" * 100))
+    log.emit(ConfigReloaded(path="x" * 100, added=[], removed=[], kept=[]))
 log.close(timeout=0.2)
 """
     with script(source, stdout=subprocess.PIPE) as process:
@@ -272,12 +272,12 @@ log = Log(sys.argv[1], "info", "blocking")
 # a file that may not grow beyond this is a disk that is full in the middle of a line
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
 for _ in range(10):
-    log.emit(ConfigReloaded(path="before"))
+    log.emit(ConfigReloaded(path="before", added=[], removed=[], kept=[]))
 while not log.dropped:
     time.sleep(0.01)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 time.sleep(0.1)
-log.emit(ConfigReloaded(path="after"))
+log.emit(ConfigReloaded(path="after", added=[], removed=[], kept=[]))
 log.close()
 print(log.dropped)
 """
@@ -338,7 +338,7 @@ def test_lines_for_journald_carry_their_priority() -> None:
 status = os.fstat(1)
 os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
 log = Log("-", "info", "blocking")
-log.emit(ConfigReloaded(path="x"))
+log.emit(ConfigReloaded(path="x", added=[], removed=[], kept=[]))
 log.emit(EngineStalled(loop_lag_us=1, open_sessions=1))
 log.emit(UpstreamDown(pool="p", upstream="u", reason="r"))
 log.close()
@@ -350,7 +350,7 @@ log.close()
 
 @pytest.mark.parametrize("stream", ["1:2", "", "x", "1:2:3"])
 def test_another_stream_than_journald_gave_has_no_priorities(stream: str) -> None:
-    source = 'log = Log("-", "info", "blocking")\nlog.emit(ConfigReloaded(path="x"))\nlog.close()'
+    source = 'log = Log("-", "info", "blocking")\nlog.emit(ConfigReloaded(path="x", added=[], removed=[], kept=[]))\nlog.close()'
     (line,) = lines_of(output_of(source, env={**os.environ, "JOURNAL_STREAM": stream}))
     assert line["path"] == "x"
 
@@ -361,7 +361,7 @@ from twisted.logger import globalLogBeginner
 log = Log("-", "info", "twisted")
 globalLogBeginner.beginLoggingTo([lambda event: None])
 print("not a line of the log")
-log.emit(ConfigReloaded(path="x"))
+log.emit(ConfigReloaded(path="x", added=[], removed=[], kept=[]))
 log.close()
 """
     (line,) = lines_of(output_of(source))
@@ -403,7 +403,7 @@ def test_a_terminal_gets_text_without_what_is_null_or_always_the_same() -> None:
 
 
 def test_a_terminal_gets_colours_unless_they_are_refused() -> None:
-    source = sourced(['ConfigReloaded(path="x")'])
+    source = sourced(['ConfigReloaded(path="x", added=[], removed=[], kept=[])'])
     assert "\x1b[" in on_terminal(source)
     assert "\x1b[" not in on_terminal(source, NO_COLOR="1")
     assert "\x1b[" not in on_terminal(source, TERM="dumb")
@@ -411,7 +411,7 @@ def test_a_terminal_gets_colours_unless_they_are_refused() -> None:
 
 
 def test_logged_input_cannot_drive_a_terminal() -> None:
-    source = sourced([r'ConfigReloaded(path="\x1b[31mred\x9b0m\r\n\u202e\udcff")'])
+    source = sourced([r'ConfigReloaded(path="\x1b[31mred\x9b0m\r\n\u202e\udcff", added=[], removed=[], kept=[])'])
     text = on_terminal(source, NO_COLOR="1")
     assert r"path=\x1b[31mred\x9b0m\r\n\u202e\udcff" in text
     assert len(text.splitlines()) == 1

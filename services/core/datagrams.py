@@ -120,6 +120,7 @@ class Datagrams:
         """The socket is closed: every session ends with it."""
         while self._sessions:
             self._retire(now)
+        self._service.drop(self)
 
     def counts(self) -> Iterable[Counts]:
         return (session.counts() for session in self._sessions.values())
@@ -144,7 +145,7 @@ class Datagrams:
 
     def _refuse(self, key: tuple[str, int], reason: str, now: float) -> None:
         self._refused += 1
-        self._service.count_refused(1)
+        self._service.count_refused(self._policy, 1)
         if now < self._refusal_at + REFUSAL_INTERVAL:
             return
         self._refusal_at = now
@@ -181,4 +182,4 @@ class Datagrams:
                 sessions=self._service.open_sessions + 1,
             )
         )
-        self._service.count_closed(counts)
+        self._service.count_closed(record, counts, now)

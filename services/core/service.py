@@ -6,14 +6,16 @@ deadlines of `deadline` and `expire`.
 """
 
 import bisect
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from services import vocabulary
 from services.core.addresses import Address, Transport
-from services.core.record import NO_TCP_INFO, Counts, Record, TcpInfo, identity, line
+from services.core.record import NO_TCP_INFO, Counts, Record, TcpInfo, identity, line, microseconds
 from services.core.session import Accepted, Actions, Cut, Session, Timeouts
+from services.core.tally import ListenerKey, Tally
 from services.core.upstreams import Pool
 
 # How late a timer runs is measured this often while sessions are open (Node's monitorEventLoopDelay
@@ -43,6 +45,14 @@ class Gauges(NamedTuple):
     open_descriptors: int | None = None
     rss_bytes: int | None = None
     cpu_us: int | None = None
+
+
+class Snapshot(NamedTuple):
+    """All that the metrics tell, at one moment; nothing in it changes any more."""
+
+    totals: vocabulary.EngineStats
+    tallies: Mapping[ListenerKey, Tally]
+    draining: bool
 
 
 class Instruments(Protocol):
@@ -100,6 +110,7 @@ class Service:
         self._drain_at = float("inf")
         self.draining = False
         self._ledgers: list[Ledger] = []
+        self._tallies: dict[ListenerKey, Tally] = {}
         self._accepted = self._closed = self._refused = self._cut = 0
         self._bytes_c2s = self._bytes_s2c = self._datagrams_c2s = self._datagrams_s2c = 0
         self._datagrams_dropped = 0
@@ -135,6 +146,7 @@ class Service:
             accept_wait=accept_wait,
         )
         self._accepted += 1
+        self.tally(policy.name, policy.service, local.transport).accepted += 1
         if self._lag_at == float("inf"):
             self._lag_at = now + LAG_INTERVAL
         self.emit(vocabulary.SessionOpened(**identity(record)))
@@ -165,17 +177,34 @@ class Service:
             )
         )
         self.sessions.discard(session)
-        self.count_closed(counts)
+        self.count_closed(session.record, counts, now)
 
-    def count_closed(self, counts: Counts) -> None:
+    def count_closed(self, record: Record, counts: Counts, now: float) -> None:
         self._closed += 1
+        tally = self.tally(record.listener, record.service, record.local.transport)
+        termination = record.termination
+        assert termination is not None, "a session that is closed has ended in some way"
+        tally.closed[termination] = tally.closed.get(termination, 0) + 1
+        tally.duration.observe(max(0, int((now - record.opened_at) * 1e6)))
+        connect_us = microseconds(record.dialled_at, record.connected_at)
+        if connect_us is not None:
+            tally.connect.observe(connect_us)
         self._bytes_c2s += counts.bytes_c2s
         self._bytes_s2c += counts.bytes_s2c
         self._datagrams_c2s += counts.datagrams_c2s or 0
         self._datagrams_s2c += counts.datagrams_s2c or 0
 
-    def count_refused(self, n: int) -> None:
+    def count_refused(self, policy: Policy, n: int) -> None:
         self._refused += n
+        self.tally(policy.name, policy.service, policy.transport).refused += n
+
+    def tally(self, listener: str, service: Literal["echo", "proxy"], transport: str) -> Tally:
+        """The listener's sums. Asked for when it is opened, so that they are told from zero on."""
+        key = ListenerKey(listener, service, transport)
+        tally = self._tallies.get(key)
+        if tally is None:
+            tally = self._tallies[key] = Tally()
+        return tally
 
     def count_dropped_datagram(self) -> None:
         self._datagrams_dropped += 1
@@ -299,17 +328,27 @@ class Service:
         """Add a UDP listener's sessions to the totals."""
         self._ledgers.append(ledger)
 
+    def drop(self, ledger: Ledger) -> None:
+        """Its listener is closed, and its sessions with it."""
+        self._ledgers.remove(ledger)
+
+    def snapshot(self, now: float) -> Snapshot:
+        return Snapshot(
+            vocabulary.EngineStats(**self._totals(now)), copy.deepcopy(self._tallies), self.draining
+        )
+
     def _totals(self, now: float) -> dict[str, Any]:
         bytes_c2s, bytes_s2c = self._bytes_c2s, self._bytes_s2c
         datagrams_c2s, datagrams_s2c = self._datagrams_c2s, self._datagrams_s2c
-        open_counts = [session.counts(now) for session in self.sessions]
+        for session in self.sessions:
+            bytes_c2s += session.relays[0].bytes_in
+            bytes_s2c += session.relays[-1].bytes_out
         for ledger in self._ledgers:
-            open_counts.extend(ledger.counts())
-        for counts in open_counts:
-            bytes_c2s += counts.bytes_c2s
-            bytes_s2c += counts.bytes_s2c
-            datagrams_c2s += counts.datagrams_c2s or 0
-            datagrams_s2c += counts.datagrams_s2c or 0
+            for counts in ledger.counts():
+                bytes_c2s += counts.bytes_c2s
+                bytes_s2c += counts.bytes_s2c
+                datagrams_c2s += counts.datagrams_c2s or 0
+                datagrams_s2c += counts.datagrams_s2c or 0
         return {
             "accepted": self._accepted,
             "closed": self._closed,

@@ -266,17 +266,19 @@ class Engine:
         """Until the sink has taken `data`, or is not to get it any more."""
         rest = memoryview(data)
         while not session.over and not relay.discarding:
+            # before: by the time this thread runs again, the other may have read the peer's answer
+            now = self._clock()
             try:
                 sent = sink.sock.send(rest)
             except BlockingIOError:
                 relay.blocked()
-                relay.pause(self._clock() - LOOK_UP)
+                relay.pause(now)
                 with self._lock:
                     self._arm(session)
             except OSError as error:
                 self._tell(session, Lost(sink.side, sockets.loss_of(error)))
             else:
-                relay.sent(sent, self._clock())
+                relay.sent(sent, now if relay.paused_at is None else self._clock())
                 if sent == len(rest):
                     return
                 rest = rest[sent:]
