@@ -74,7 +74,7 @@ class PoolConfig(Struct, frozen=True, kw_only=True):
 
 
 class MetricsConfig(Struct, frozen=True, kw_only=True):
-    """Where Prometheus finds /metrics: HOST:PORT or unix:/PATH."""
+    """Where Prometheus finds /metrics: HOST:PORT, unix:/PATH or systemd:NAME."""
 
     address: Address
 
@@ -177,12 +177,9 @@ def read(document: Mapping[str, Any]) -> Config:
 
 def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> None:
     """What no single key can tell. A value that could not be read is never complained of twice."""
-    if config.metrics not in (None, FAULTY) and config.metrics.address is not FAULTY:
-        transport = config.metrics.address.transport
-        if transport not in {"tcp", "unix"}:
-            faults.append(
-                f"metrics.address: metrics are read over HTTP, from HOST:PORT or unix:/PATH, not {transport}:"
-            )
+    metrics = getattr(config.metrics, "address", FAULTY)
+    if metrics is not FAULTY and metrics.transport == "udp":
+        faults.append("metrics.address: metrics are read over HTTP, so not from a udp: address")
     names: dict[str, str] = {}
     addresses: dict[Address, str] = {}
     # as written, so that a pool with a fault inside is not called unknown as well

@@ -1,9 +1,9 @@
 """One process's life: sockets, log, service, engine, signals, reload, drain.
 
-The order is the point: termination signals are blocked before there is any second thread, and one
-thread waits for them (a signal that a thread's wait swallows would otherwise be seen by nobody); sockets are bound before an engine is imported, so that a fault of the set-up
-is told at once and an engine never meets a name; the log is opened before the first session; the
-engine runs in the main thread until it is drained.
+The order is the point. Signals are blocked before there is any second thread, and one thread waits
+for them: one that another thread's wait swallows would be seen by nobody. Sockets are bound before an
+engine is imported, so that a fault of the set-up is told at once and an engine never meets a name. The
+log is opened before the first session. The engine runs in the main thread until it is drained.
 
 Beside the engine there are a few threads, which touch nothing of it but its public methods: one waits
 for signals, one reloads (it resolves names), one tells the service manager how it goes, and one answers
@@ -19,21 +19,37 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 from services import systemd, vocabulary
 from services.config import Config, ConfigError, ListenerConfig, Source
 from services.core.addresses import Address
-from services.core.service import Gauges, Policy, Service
+from services.core.service import Gauges, Policy, Service, Snapshot
 from services.core.upstreams import Pool, Upstream
-from services.endpoints import EndpointError, Listener, close_listeners, exposure, open_listeners, resolve
+from services.endpoints import (
+    EndpointError,
+    Listener,
+    bound_address,
+    close_listeners,
+    exposure,
+    open_listeners,
+    open_metrics,
+    resolve,
+)
 from services.engines import sockets
 from services.engines.base import Engine, Listening, load
 from services.logs import Log
+
+if TYPE_CHECKING:
+    from services.metrics import MetricsServer
 
 _STAT = Path("/proc/self/stat")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
+# A scrape waits this long for the engine; Prometheus' own patience is longer.
+PATIENCE = 2.0
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 # The service manager hears of us this often where it has no watchdog.
 REPORT_INTERVAL = 10.0
@@ -81,9 +97,10 @@ def run(config: Config, *, instance: str = "-", source: Source | None = None) ->
     listeners = open_listeners(config.listeners, inherited)
     try:
         pools = _pools(config)
+        metrics = open_metrics(config.metrics.address, inherited) if config.metrics else []
         log = Log(config.log.path, config.log.level, config.engine, instance)
         try:
-            _Daemon(config, source, inherited, listeners, log).serve(pools)
+            _Daemon(config, instance, source, inherited, listeners, log).serve(pools, metrics)
         finally:
             log.close()
     finally:
@@ -97,12 +114,14 @@ class _Daemon:
     def __init__(
         self,
         config: Config,
+        instance: str,
         source: Source | None,
         inherited: Mapping[str, Sequence[socket.socket]],
         listeners: list[Listener],
         log: Log,
     ) -> None:
         self._config = config
+        self._instance = instance
         self._source = source
         self._inherited = inherited
         self._log = log
@@ -118,6 +137,7 @@ class _Daemon:
         self._listeners = listeners
         self._listening: dict[tuple[str, Address], list[Listening]] = {}
         self._reloading = threading.Lock()
+        self._reloads = {"accepted": 0, "refused": 0}
 
     def _add(self, listener: Listener, pools: Mapping[str, Pool]) -> list[Listening]:
         """Take up a listener, and say so. One handed over may be several, of one name."""
@@ -146,9 +166,11 @@ class _Daemon:
                 )
         return added
 
-    def serve(self, pools: Mapping[str, Pool]) -> None:
+    def serve(self, pools: Mapping[str, Pool], metrics: Sequence[socket.socket]) -> None:
         listening = [each for listener in self._listeners for each in self._add(listener, pools)]
         self._engine: Engine = load(self._config.engine)(listening, self._service, time.monotonic)
+        self._begin_tallies(self._listeners)
+        server = self._answer_prometheus(metrics) if metrics else None
         if self._config.engine != "blocking" and not hasattr(select, "epoll"):
             self._log.emit(vocabulary.EngineDegraded(lacking="epoll", instead="poll"))
         threading.Thread(target=self._await_signals, name="signals", daemon=True).start()
@@ -157,6 +179,10 @@ class _Daemon:
         if systemd.listens():
             threading.Thread(target=self._keep_reporting, name="reporter", daemon=True).start()
         self._engine.run()
+        if server is not None:
+            server.close()
+            if self._config.metrics and self._config.metrics.address.transport == "unix":
+                Path(self._config.metrics.address.host).unlink(missing_ok=True)
         self._service.stopped(time.monotonic())
 
     # Signals ------------------------------------------------------------------------------------
@@ -187,6 +213,7 @@ class _Daemon:
             systemd.notify("READY=1")
 
     def _refuse(self, faults: list[str]) -> None:
+        self._reloads["refused"] += 1
         path = str(self._source.path) if self._source else "-"
         self._log.emit(vocabulary.ConfigRefused(path=path, faults=faults))
 
@@ -194,6 +221,8 @@ class _Daemon:
         """Everything that can fail comes first; then nothing does."""
         if config.engine != self._config.engine:
             raise ConfigError([f"engine: {self._config.engine} is running, and only a restart changes that"])
+        if config.metrics != self._config.metrics:
+            raise ConfigError(["metrics.address: only a restart changes that"])
         wanted = {_key(each): each for each in config.listeners}
         pools = _pools(config)
         opened = open_listeners(
@@ -204,6 +233,7 @@ class _Daemon:
         except OSError:
             close_listeners(opened)
             raise
+        self._reloads["accepted"] += 1
         kept = [key for key in wanted if key in self._listening]
         removed = [key for key in self._listening if key not in wanted]
         self._config = config
@@ -216,7 +246,7 @@ class _Daemon:
             )
         )
         updates = [(each, wanted[key]) for key in kept for each in self._listening[key]]
-        self._engine.post(lambda: self._apply(config, updates, pools))
+        self._engine.post(lambda: self._apply(config, pools, updates, opened))
         for key in removed:
             for each in self._listening.pop(key):
                 self._engine.unlisten(each)
@@ -226,13 +256,57 @@ class _Daemon:
                 self._engine.listen(each)
 
     def _apply(
-        self, config: Config, updates: Sequence[tuple[Listening, ListenerConfig]], pools: Mapping[str, Pool]
+        self,
+        config: Config,
+        pools: Mapping[str, Pool],
+        updates: Sequence[tuple[Listening, ListenerConfig]],
+        opened: Sequence[Listener],
     ) -> None:
         """Where the engine's state may be touched."""
         self._service.reconfigure(config.timeouts, config.limits.buffer, config.log.stats)
+        self._begin_tallies(opened)
         for listening, listener in updates:
             _update(listening.policy, listener, pools)
             sockets.set_options(listening.socket, self._service.dead_peer)
+
+    def _begin_tallies(self, listeners: Sequence[Listener]) -> None:
+        """A series that Prometheus first sees at one has not risen."""
+        for listener in listeners:
+            self._service.tally(listener.name, listener.service, listener.transport)
+
+    # Prometheus ---------------------------------------------------------------------------------
+
+    def _answer_prometheus(self, listening: Sequence[socket.socket]) -> "MetricsServer":
+        # loaded only by a daemon that is asked for metrics
+        from services.metrics import MetricsServer  # noqa: PLC0415
+
+        for each in listening:
+            address = bound_address(each)
+            risk = exposure("metrics", address)
+            if risk is not None:
+                self._log.emit(
+                    vocabulary.ListenerExposed(listener="metrics", address=str(address), risk=risk)
+                )
+        server = MetricsServer(
+            listening,
+            self._collect,
+            emit=self._log.emit,
+            engine=self._config.engine,
+            instance=self._instance,
+            started=time.time() - _since_process_start() / 1e6,
+            reloads=self._reloads,
+        )
+        server.start()
+        return server
+
+    def _collect(self) -> Snapshot:
+        """Ask the engine. TimeoutError where it does not answer."""
+        answer: SimpleQueue[Snapshot] = SimpleQueue()
+        self._engine.post(lambda: answer.put(self._service.snapshot(time.monotonic())))
+        try:
+            return answer.get(timeout=PATIENCE)
+        except Empty:
+            raise TimeoutError from None
 
     # The service manager ------------------------------------------------------------------------
 

@@ -80,6 +80,23 @@ def open_listeners(
     return listeners
 
 
+def open_metrics(address: Address, inherited: Mapping[str, Sequence[socket.socket]]) -> list[socket.socket]:
+    """The sockets that Prometheus connects to. EndpointError as for a listener."""
+    if address.transport != "systemd":
+        return _bind(address)
+    sockets = [each.dup() for each in inherited.get(address.host, [])]
+    if not sockets:
+        raise EndpointError(f"{address}: no socket of that name was handed over", UNAVAILABLE)
+    for each in sockets:
+        each.setblocking(False)
+    return sockets
+
+
+def bound_address(bound: socket.socket) -> Address:
+    """What a stream socket is bound to."""
+    return _bound("unix" if bound.family == socket.AF_UNIX else "tcp", bound)
+
+
 def close_listeners(listeners: Iterable[Listener]) -> None:
     """Closes what is still open and removes the socket files of our own. Inherited sockets are
     closed but never shut down: that would silence the service manager's copy.
@@ -103,13 +120,15 @@ def resolve(address: Address) -> list[Address]:
     return [Address(address.transport, host, port) for _, (host, port, *_) in _look_up(address)]
 
 
-def exposure(service: Literal["echo", "proxy"], address: Address) -> str | None:
+def exposure(service: Literal["echo", "proxy", "metrics"], address: Address) -> str | None:
     """What listening on this bound address offers to other hosts, in one phrase; None on loopback."""
     host = address.host.removeprefix("::ffff:")
     if address.transport == "unix" or host.startswith("127.") or host == "::1":
         return None
     if service == "proxy":
         return "anyone who can reach it can reach the upstreams through it"
+    if service == "metrics":
+        return "anyone who can reach it can read the metrics"
     if address.transport == "udp":
         return "anyone can have it send datagrams to a forged source address (reflection)"
     return "anyone who can reach it can have it echo data"

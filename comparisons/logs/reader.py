@@ -15,7 +15,7 @@ The views read the files anew for every query: nothing is kept that was not aske
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -48,7 +48,14 @@ class Logs:
     def __init__(self, files: dict[str, str], scratch: str) -> None:
         self._files = files
         self.sql = duckdb.connect(config={"temp_directory": scratch})
-        self.sql.execute(f"CREATE VIEW lines AS {_lines(files)}")
+        names = ", ".join("'" + path.replace("'", "''") + "'" for path in files)
+        # not read_ndjson with columns: where a line is torn behind a colon, that takes the next line
+        # with it, unseen (DuckDB 1.5)
+        self.sql.execute(
+            f"CREATE VIEW raw AS SELECT filename, json FROM read_ndjson_objects([{names}], "  # noqa: S608 -- our own names
+            f"filename = true, ignore_errors = true, maximum_object_size = {LINE_LIMIT})"
+        )
+        self.sql.execute(f"CREATE VIEW lines AS {_lines()}")
         self.sql.execute(
             "CREATE VIEW sessions AS SELECT * EXCLUDE (filename, ours) FROM lines "
             "WHERE ours AND event = 'session_closed'"
@@ -93,7 +100,7 @@ def open_logs(names: Sequence[str]) -> Iterator[Logs]:
         logs = Logs(files, scratch)
         with logs.sql:
             try:
-                logs.sql.execute("SELECT count(*) FROM lines").fetchone()
+                logs.sql.execute("SELECT count(*) FROM raw").fetchone()
             except duckdb.InvalidInputException:  # a line that is too long
                 for path in files:
                     with Path(path).open("rb") as file:
@@ -117,7 +124,7 @@ def _copy(file: IO[bytes], path: str) -> None:
             at_start = ends
 
 
-def _lines(paths: Iterable[str]) -> str:
+def _lines() -> str:
     types = {"event": "VARCHAR"}
     cases = ""
     for event in EVENTS:
@@ -125,12 +132,10 @@ def _lines(paths: Iterable[str]) -> str:
         types |= {field.encode_name: _type(field.type) for field in fields}
         allowed = " AND ".join(_condition(field.encode_name, field.type) for field in fields)
         cases += f"WHEN '{event.NAME}' THEN {allowed} "
-    columns = ", ".join(f"{name}: '{kind}'" for name, kind in types.items())
-    names = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+    structure = ", ".join(f'"{name}": "{kind}"' for name, kind in types.items())
     return (
-        f"SELECT *, coalesce(CASE event {cases} END, false) AS ours "  # noqa: S608 -- our own text and names
-        f"FROM read_ndjson([{names}], columns = {{{columns}}}, filename = true, "
-        f"ignore_errors = true, maximum_object_size = {LINE_LIMIT})"
+        f"SELECT *, coalesce(CASE event {cases} END, false) AS ours "  # noqa: S608 -- our own words
+        f"FROM (SELECT filename, unnest(json_transform(json, '{{{structure}}}')) FROM raw)"
     )
 
 

@@ -7,7 +7,7 @@ half-close and a reset in either direction.
 import time
 from typing import NamedTuple
 
-from comparisons.scenarios.wire import Heard, Observation, Subject, payload, transfer
+from comparisons.scenarios.wire import FLOOD, Heard, Observation, Subject, payload, transfer
 
 REQUEST = payload(64, seed=1)
 ANSWER = payload(1_000, seed=2)
@@ -15,7 +15,6 @@ REPLY = payload(300_000, seed=3)
 UPLOAD = payload(200_000, seed=4)
 RESPONSE = payload(200_000, seed=5)
 BURST = payload(70_001, seed=6)  # not a multiple of any buffer, and within what two kernels hold
-FLOOD = payload(48 << 20, seed=7)  # more than any chain of default buffers holds
 
 
 def reply_after_client_end(subject: Subject, *, pause: float = 0.3) -> Observation:
@@ -121,7 +120,7 @@ def write_after_a_complete_response(subject: Subject, *, pause: float = 0.3) -> 
     with subject.session(narrow=True) as (client, upstream):
         room = 0
         upstream.push(chunk)
-        while upstream.wait_acknowledged(within=0.3):
+        while room < len(FLOOD) // len(chunk) and upstream.wait_acknowledged(within=0.3):
             room += 1
             upstream.push(chunk)
         upstream.finish()

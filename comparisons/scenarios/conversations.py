@@ -56,16 +56,18 @@ def conversation(subject: Subject, steps: Sequence[Step]) -> Observation:
                 arrived += transfer((actor, payload(step.size, seed=number), other))
             elif step.deed == "resets":
                 actor.reset()
-                arrived += other.reset_seen() < float("inf")
-                other.hear_out()
                 closed.add(step.who)
+                if _other(step.who) not in closed:
+                    arrived += other.reset_seen() < float("inf")
+                    other.hear_out()
             else:
                 if step.deed == "closes":
                     actor.socket.close()
                     closed.add(step.who)
                 else:
                     actor.finish()
-                arrived += other.hear_out().ended == "eof"
+                if _other(step.who) not in closed:
+                    arrived += other.hear_out().ended == "eof"
         if possible(steps):
             finished = {step.who for step in steps if step.deed in {"ends", "closes"}}
             for who in ("client", "upstream"):

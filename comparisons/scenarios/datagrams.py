@@ -1,5 +1,6 @@
 """UDP echo: boundaries (rule 20) and the ports that get no answer (rule 19)."""
 
+import errno
 import select
 import socket
 from contextlib import ExitStack
@@ -55,8 +56,9 @@ def _client(subject: Subject, *, low: bool = False) -> socket.socket:
         try:
             client.bind((subject.address.host, port))
             break
-        except OSError:
-            continue  # taken: any other one of them does
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # if it is, any other one of them does
+                raise
     client.connect(target(subject.address))
     return client
 

@@ -5,9 +5,8 @@ from contextlib import ExitStack
 from statistics import median
 from time import monotonic
 
-from comparisons.scenarios.wire import DEADLINE, End, Observation, Subject, payload, transfer
+from comparisons.scenarios.wire import DEADLINE, FLOOD, End, Observation, Subject, payload, transfer
 
-FLOOD = payload(48 << 20, seed=21)  # more than any chain of default buffers holds
 BULK = payload(3_000_000, seed=22)
 TRICKLE = payload(20_000, seed=23)
 BLOCK = payload(65_536, seed=24)

@@ -7,11 +7,10 @@ peer are given a way to make the network lose everything of one TCP port (`netwo
 from collections.abc import Callable
 from time import monotonic
 
-from comparisons.scenarios.wire import End, Observation, Subject, payload, transfer
+from comparisons.scenarios.wire import FLOOD, End, Observation, Subject, payload, transfer
 
 REQUEST = payload(64, seed=41)
 ANSWER = payload(1_000, seed=42)
-FLOOD = payload(48 << 20, seed=43)  # more than any chain of default buffers holds
 
 Silence = Callable[[int], None]
 
