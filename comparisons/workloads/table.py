@@ -31,7 +31,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def reference(self) -> str:
         """What `ratio` is a ratio to: direct is no process, so it has no memory to compare with."""
-        return "direct" if self.upstream and self.headline == "throughput" else "the best"
+        if self.headline != "throughput":
+            return "the least memory"
+        return "direct" if self.upstream else "the best"
 
 
 WORKLOADS = (
