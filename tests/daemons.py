@@ -108,6 +108,10 @@ class Daemon:
             self._lines += map(json.loads, whole.splitlines())
         return [line for line in self._lines if event in {None, line["event"]}]
 
+    def follow_rotation(self) -> None:
+        """The log was moved away and all of it has been read: go on at the beginning of the new one."""
+        self._offset = 0
+
     def closed(self) -> list[Line]:
         return self.lines("session_closed")
 
