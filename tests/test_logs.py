@@ -411,7 +411,9 @@ def test_a_terminal_gets_colours_unless_they_are_refused() -> None:
 
 
 def test_logged_input_cannot_drive_a_terminal() -> None:
-    source = sourced([r'ConfigReloaded(path="\x1b[31mred\x9b0m\r\n\u202e\udcff", added=[], removed=[], kept=[])'])
+    source = sourced(
+        [r'ConfigReloaded(path="\x1b[31mred\x9b0m\r\n\u202e\udcff", added=[], removed=[], kept=[])']
+    )
     text = on_terminal(source, NO_COLOR="1")
     assert r"path=\x1b[31mred\x9b0m\r\n\u202e\udcff" in text
     assert len(text.splitlines()) == 1
