@@ -42,7 +42,7 @@ class Rig:
         self.reactor: Any = reactor
         monkeypatch.setattr(twisted, "_Reactor", lambda: reactor)
         monkeypatch.setattr(twisted, "installReactor", lambda _: None)
-        monkeypatch.setattr(reactor, "seconds", reactor.seconds)  # type: ignore[attr-defined]  # put back after
+        monkeypatch.setattr(reactor, "seconds", self.reactor.seconds)  # put back after the test
         self.instruments = Instruments()
         self.service = Service(
             instruments=self.instruments,
@@ -82,12 +82,13 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
 class Caller(Protocol):
     """A client: `heard` fires with the first bytes that come back, `gone` when the connection ends."""
 
+    transport: Any
+
     def __init__(self) -> None:
         self.heard: Deferred[bytes] = Deferred()
         self.gone: Deferred[None] = Deferred()
 
     def connectionMade(self) -> None:
-        assert self.transport is not None
         self.transport.write(b"hello")
 
     def dataReceived(self, data: bytes) -> None:
@@ -111,7 +112,6 @@ async def test_the_shutdown_waits_for_the_session_that_is_open(rig: Rig) -> None
     shut_down = rig.engine._shut_down()
     await deferLater(rig.reactor, 0.05)
     assert not shut_down.called, "a session is open"
-    assert caller.transport is not None
     caller.transport.loseConnection()
     await caller.gone
     await shut_down
