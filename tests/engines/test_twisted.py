@@ -42,7 +42,7 @@ class Rig:
         self.reactor: Any = reactor
         monkeypatch.setattr(twisted, "_Reactor", lambda: reactor)
         monkeypatch.setattr(twisted, "installReactor", lambda _: None)
-        monkeypatch.setattr(reactor, "seconds", self.reactor.seconds)  # put back after the test
+        monkeypatch.setattr(reactor, "seconds", time.monotonic)  # put back after the test
         self.instruments = Instruments()
         self.service = Service(
             instruments=self.instruments,
