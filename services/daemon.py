@@ -210,7 +210,7 @@ class _Daemon:
                 self._refuse([error.message])
             except OSError as error:
                 self._refuse([f"log.path: {error.strerror or error}"])
-            systemd.notify("READY=1")
+            systemd.notify("READY=1", self._status())
 
     def _refuse(self, faults: list[str]) -> None:
         self._reloads["refused"] += 1

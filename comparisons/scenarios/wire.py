@@ -34,7 +34,8 @@ def payload(size: int, seed: int = 0) -> bytes:
 
 
 # More than any chain of default buffers holds: four proxies absorb 7.4 to 9.4 MB.
-FLOOD = payload(32 << 20, seed=7)
+# more than the kernel holds on both sides of a proxy (`rules.KERNEL`)
+FLOOD = payload(96 << 20, seed=7)
 
 
 @dataclass(frozen=True, slots=True)

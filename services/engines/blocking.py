@@ -174,10 +174,10 @@ class Engine:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in sockets.EXHAUSTED:
-                    self._pause(listening, sockets.loss_of(error))
-                    return
-                continue  # that client is gone already; the next one may not be (accept(2))
+                if error.errno in sockets.CLIENT_GONE:
+                    continue
+                self._pause(listening, sockets.loss_of(error))
+                return
             client, local = sockets.client_address(peer), sockets.local_address(listening.address, sock)
             waited = sockets.accept_wait(sock)
             leg = _Leg(CLIENT, sock)

@@ -143,10 +143,10 @@ class Engine:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in sockets.EXHAUSTED:
-                    self._pause(listening, sockets.loss_of(error))
-                    return
-                continue  # that client is gone already; the next one may not be (accept(2))
+                if error.errno in sockets.CLIENT_GONE:
+                    continue
+                self._pause(listening, sockets.loss_of(error))
+                return
             accepted += 1
             sock.setblocking(False)
             now = self._clock()

@@ -47,8 +47,22 @@ _REASONS = {
 
 # connect(2) finds the connection established and gone again: a SYN that is refused says ECONNREFUSED
 CONNECTED_AND_LOST = frozenset({errno.ECONNRESET, errno.EPIPE})
-# accept(2) for want of a descriptor or memory: no use in trying again at once
-EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# accept(2): a pending connection that failed; the next one may be well. Whatever else it says (no
+# descriptor, no memory) would be said again at once.
+CLIENT_GONE = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPERM,  # a firewall's rule
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+    }
+)
 # HAProxy waits as long before it accepts again
 EXHAUSTED_PAUSE = 0.1
 

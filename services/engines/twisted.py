@@ -10,6 +10,8 @@ of Twisted's accepts and closes clients when descriptors run out, and on a UNIX 
 mode, cuts the backlog to 50 and removes the path of a socket that is not ours.
 """
 
+import os
+import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
@@ -188,6 +190,7 @@ class Engine:
         self._service_timer: Any = None
         self._acceptors: dict[Listening, _Acceptor] = {}
         self._answerers: dict[Listening, tuple[_Answerer, Any]] = {}
+        self._spare = os.open(os.devnull, os.O_RDONLY)
         self._reason = ""
         self._drained: Deferred[None] = Deferred()
 
@@ -199,6 +202,7 @@ class Engine:
         self._arm_service()
         self._reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
         self._reactor.run(installSignalHandlers=False)
+        os.close(self._spare)
 
     def stop(self, reason: str) -> None:
         self.post(partial(self._stop, reason))
@@ -225,10 +229,10 @@ class Engine:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in sockets.EXHAUSTED:
-                    self._pause(listening, sockets.loss_of(error))
-                    return
-                continue  # that client is gone already; the next one may not be (accept(2))
+                if error.errno in sockets.CLIENT_GONE:
+                    continue
+                self._pause(listening, sockets.loss_of(error))
+                return
             accepted += 1
             sock.setblocking(False)
             now = self._clock()
@@ -241,14 +245,24 @@ class Engine:
             )
             leg = _Leg(self, session, CLIENT)
             self._legs[session] = {CLIENT: leg}
-            try:
-                self._reactor.adoptStreamConnection(sock.fileno(), sock.family, _Adoption(leg))
-                leg.transport.pauseProducing()
-            except OSError as error:  # the transport's descriptor is a duplicate: the last one was taken
-                actions = session.handle(Cut("R", sockets.loss_of(error).error), now)
-            sock.close()
+            self._adopt(sock, leg)
+            leg.transport.pauseProducing()
             self._perform(actions)
             self._arm_service()
+
+    def _adopt(self, sock: socket.socket, leg: _Leg) -> None:
+        """Give the reactor a connected socket. It duplicates the descriptor, so where that one was the
+        last there is, a spare one makes room for a moment.
+        """
+        adopt = partial(self._reactor.adoptStreamConnection, sock.fileno(), sock.family, _Adoption(leg))
+        try:
+            adopt()
+        except OSError:
+            os.close(self._spare)
+            adopt()
+            sock.close()
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        sock.close()
 
     def _dial(self, session: Session, dial: Dial) -> None:
         leg = self._legs[session][UPSTREAM] = _Leg(self, session, UPSTREAM)
