@@ -10,6 +10,8 @@ A line that is not ours (torn by a crash, or another program's in the same file)
 `ours` false and nowhere else. It is counted, and `Logs.faults` quotes it. A null field that
 should not be null makes a line not ours; a nullable field of the wrong kind reads as null.
 The views read the files anew for every query: nothing is kept that was not asked for.
+
+What `journalctl -o json` writes is read as well, mixed with files or not.
 """
 
 import os
@@ -29,6 +31,13 @@ from services.vocabulary import EVENTS, Envelope
 # Our longest line is an engine_fault with its traceback, a few KiB. DuckDB gives up a whole file
 # for one line much longer than this, so such a line is cut, which makes it a torn one.
 LINE_LIMIT = 1 << 20
+
+
+# What `journalctl -o json` writes is a line of journald's with ours inside, as text; what others told the
+# journal is no JSON, and stays what it is: not ours.
+FROM_JOURNAL = (
+    "TRY_CAST(CASE WHEN json ->> '__REALTIME_TIMESTAMP' IS NOT NULL THEN json ->> 'MESSAGE' END AS JSON)"
+)
 
 
 class Fault(Struct, frozen=True):
@@ -52,7 +61,8 @@ class Logs:
         # not read_ndjson with columns: where a line is torn behind a colon, that takes the next line
         # with it, unseen (DuckDB 1.5)
         self.sql.execute(
-            f"CREATE VIEW raw AS SELECT filename, json FROM read_ndjson_objects([{names}], "  # noqa: S608 -- our own names
+            f"CREATE VIEW raw AS SELECT filename, coalesce({FROM_JOURNAL}, json) AS json "  # noqa: S608 -- our own names
+            f"FROM read_ndjson_objects([{names}], "
             f"filename = true, ignore_errors = true, maximum_object_size = {LINE_LIMIT})"
         )
         self.sql.execute(f"CREATE VIEW lines AS {_lines()}")

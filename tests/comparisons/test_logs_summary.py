@@ -377,6 +377,22 @@ def test_json_is_the_same_summary(three_engines: str) -> None:
     assert json.loads(done.stdout) == msgspec.to_builtins(summarize([three_engines]))
 
 
+def test_the_journal_s_json_is_read_like_the_file_it_outlines(three_engines: str) -> None:
+    """The form of `journalctl -o json`: a line of others, one too long to be shown, and ours."""
+    ours = Path(three_engines).read_text(encoding="latin-1").splitlines()
+    messages = ["Started Triptych.", None, *ours]
+    journal = "".join(
+        json.dumps({"__CURSOR": "s", "__REALTIME_TIMESTAMP": "1700000000000000", "MESSAGE": message}) + "\n"
+        for message in messages
+    )
+    found = json.loads(logs_summary("--json", "-", stdin=journal.encode()).stdout)
+    expected = json.loads(logs_summary("--json", three_engines).stdout)
+    assert found["sessions"] == expected["sessions"]
+    assert found["engines"] == expected["engines"]
+    assert found["lines"] == expected["lines"] + 2
+    assert found["foreign"] == expected["foreign"] + 2
+
+
 def test_standard_input_is_a_file_like_any_other(three_engines: str) -> None:
     log = Path(three_engines).read_bytes()
     done = logs_summary("-", "--json", stdin=log)

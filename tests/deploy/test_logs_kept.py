@@ -3,6 +3,8 @@ nor where the journal keeps it all.
 """
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from array import array
@@ -83,6 +85,15 @@ def test_the_journal_is_complete_where_it_keeps_everything(
     assert {(entry["PRIORITY"], line["level"]) for entry, line in zip(entries, lines, strict=True)} == {
         ("6", "info")
     }
+    journal = machine("journalctl", "--output=json", "--namespace=triptych", f"_PID={pid}")
+    summary = subprocess.run(
+        [sys.executable, "-m", "services.cli", "logs", "summary", "--json", "-"],
+        input=journal,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(summary.stdout)["sessions"] == sessions
     tell(
         f"journal of {engine}: {lines[-1]['seq'] + 1} lines written, {len(lines)} read, "
         f"{sessions / seconds:.0f} sessions a second"
