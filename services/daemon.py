@@ -219,6 +219,8 @@ class _Daemon:
 
     def _take_over(self, config: Config) -> None:
         """Everything that can fail comes first; then nothing does."""
+        if self._service.draining:
+            raise ConfigError(["this daemon is draining; its successor reads the file"])
         if config.engine != self._config.engine:
             raise ConfigError([f"engine: {self._config.engine} is running, and only a restart changes that"])
         if config.metrics != self._config.metrics:

@@ -214,3 +214,16 @@ def test_a_daemon_that_hangs_is_silent(service: Reloadable) -> None:
         os.kill(daemon.pid, signal.SIGCONT)
         service.manager.settimeout(PATIENCE)
     service.told("WATCHDOG=1")
+
+
+def test_a_daemon_that_drains_takes_nothing_new_up(service: Reloadable) -> None:
+    address = free()
+    daemon = service.start([echo("echo", address)])
+    with connect(address) as client:
+        exchange(client)
+        os.kill(daemon.pid, signal.SIGTERM)
+        daemon.wait_for("service_draining")
+        faults = service.refuse(configuration(service.engine, [echo("echo", address), echo("new")]))
+        assert faults == ["this daemon is draining; its successor reads the file"]
+        exchange(client)
+    daemon.ended()
