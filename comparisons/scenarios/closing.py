@@ -7,7 +7,7 @@ half-close and a reset in either direction.
 import time
 from typing import NamedTuple
 
-from comparisons.scenarios.wire import DEADLINE, FLOOD, Heard, Observation, Subject, payload, transfer
+from comparisons.scenarios.wire import FLOOD, Heard, Observation, Subject, payload, transfer
 
 REQUEST = payload(64, seed=1)
 ANSWER = payload(1_000, seed=2)
@@ -113,39 +113,42 @@ def write_after_a_complete_response(subject: Subject, *, pause: float = 0.3) -> 
     does not read; the client then says one more thing, which can no longer be delivered.
 
     A first session finds out how much the proxy and its kernel take from an upstream whose client
-    does not read. The response in the second is smaller than that, but not by all that the proxy's
-    kernel holds unread (64 KiB at least).
+    does not read. The response in the next is smaller than that, but not by all that the proxy's
+    kernel holds unread (64 KiB at least). The kernel tunes its buffers: where they take less than
+    before, that session was a rehearsal too, and ends in order.
     """
     chunk = FLOOD[:4_096]
-    with subject.session(narrow=True) as (client, upstream):
-        room = 0
-        upstream.push(chunk)
-        while room < len(FLOOD) // len(chunk) and upstream.wait_acknowledged(within=0.3):
-            room += 1
-            upstream.push(chunk)
-        upstream.finish()
-        client.hear_out()
-        client.finish()
-        upstream.hear_out()
-    with subject.session(narrow=True) as (client, upstream):
-        for _ in range(room - 12):
-            upstream.push(chunk)
-            if not upstream.wait_acknowledged(within=0.3):
-                # the kernel tunes its buffers: this time they took less, and the client must help a little
-                deadline = time.monotonic() + DEADLINE
-                while upstream.unacknowledged() and time.monotonic() < deadline:
-                    client.hear(len(chunk), within=0.1)
-                break
-        upstream.finish()
-        upstream.wait_acknowledged()
-        upstream.reset()
-        client.push(REQUEST)
-        time.sleep(pause)  # the proxy writes what it was given, into a leg that is gone
-        heard = client.hear_out()
-        return Observation(
-            client=heard,
-            figures={"intact": client.told_what(upstream), "reset_seen_s": client.reset_seen(within=5)},
-        )
+    room, rehearsals = len(FLOOD) // len(chunk), 0
+    while rehearsals < 6:
+        with subject.session(narrow=True) as (client, upstream):
+            taken = 0
+            while taken < room:
+                upstream.push(chunk)
+                if not upstream.wait_acknowledged(within=0.3):
+                    break
+                taken += 1
+            if rehearsals and taken == room:
+                upstream.finish()
+                upstream.wait_acknowledged()
+                upstream.reset()
+                client.push(REQUEST)
+                time.sleep(pause)  # the proxy writes what it was given, into a leg that is gone
+                heard = client.hear_out()
+                return Observation(
+                    client=heard,
+                    figures={
+                        "intact": client.told_what(upstream),
+                        "reset_seen_s": client.reset_seen(within=5),
+                        "rehearsals": rehearsals,
+                    },
+                )
+            upstream.finish()
+            client.hear_out()
+            client.finish()
+            upstream.hear_out()
+        rehearsals += 1
+        room = taken - 12
+    raise OSError("the kernel took less every time")
 
 
 def client_resets_while_paused(subject: Subject) -> Observation:

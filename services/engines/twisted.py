@@ -10,6 +10,7 @@ of Twisted's accepts and closes clients when descriptors run out, and on a UNIX 
 mode, cuts the backlog to 50 and removes the path of a socket that is not ours.
 """
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -245,24 +246,33 @@ class Engine:
             )
             leg = _Leg(self, session, CLIENT)
             self._legs[session] = {CLIENT: leg}
-            self._adopt(sock, leg)
-            leg.transport.pauseProducing()
+            if self._adopt(sock, leg):
+                leg.transport.pauseProducing()
+            else:
+                actions = session.handle(Lost(CLIENT, Loss(Reason.RESET, "ECONNRESET")), now)
             self._perform(actions)
             self._arm_service()
 
-    def _adopt(self, sock: socket.socket, leg: _Leg) -> None:
-        """Give the reactor a connected socket. It duplicates the descriptor, so where that one was the
-        last there is, a spare one makes room for a moment.
+    def _adopt(self, sock: socket.socket, leg: _Leg) -> bool:
+        """Give the reactor a connected socket; False if it is no longer one. It duplicates the
+        descriptor, so where that one was the last there is, a spare one makes room for a moment.
         """
         adopt = partial(self._reactor.adoptStreamConnection, sock.fileno(), sock.family, _Adoption(leg))
-        try:
-            adopt()
-        except OSError:
-            os.close(self._spare)
-            adopt()
-            sock.close()
-            self._spare = os.open(os.devnull, os.O_RDONLY)
-        sock.close()
+        with sock:
+            try:
+                adopt()
+            except OSError as error:
+                if error.errno == errno.ENOTCONN:  # reset since it was accepted: it has no peer to name
+                    return False
+                os.close(self._spare)
+                try:
+                    adopt()
+                except OSError:
+                    return False
+                finally:
+                    sock.close()
+                    self._spare = os.open(os.devnull, os.O_RDONLY)
+        return True
 
     def _dial(self, session: Session, dial: Dial) -> None:
         leg = self._legs[session][UPSTREAM] = _Leg(self, session, UPSTREAM)
