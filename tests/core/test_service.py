@@ -9,7 +9,7 @@ from rehearsal import Play, Stage
 
 from services.core.record import CLIENT, UPSTREAM, session_id
 from services.core.service import LAG_INTERVAL, STALL
-from services.core.session import Abort, Close
+from services.core.session import Abort, Close, Timeouts
 from services.vocabulary import (
     EngineFault,
     EngineStalled,
@@ -166,3 +166,34 @@ def test_session_ids_sort_by_time(moments: list[float]) -> None:
         if int(later * 1e6) > int(earlier * 1e6) and later < 2**50 / 1e6:
             assert session_id(earlier) < session_id(later)
     assert all(len(session_id(moment)) == 26 for moment in moments)
+
+
+def test_a_reload_holds_for_new_sessions_and_for_the_next_statistics() -> None:
+    stage = Stage(idle=10.0)
+    old = proxied(stage)
+    stage.service.reconfigure(Timeouts(idle=2.0), buffer=7, stats=5.0)
+    assert stage.service.deadline() <= stage.now + 5.0
+    new = proxied(stage)
+    assert (old.relay(CLIENT).limit, new.relay(CLIENT).limit) == (100, 7)
+    assert new.wait(2.1) == [Abort(CLIENT), Abort(UPSTREAM)]
+    assert old.wait(0.1) == []
+
+
+def test_a_dead_peer_is_given_up_no_sooner_than_an_idle_one_unless_told() -> None:
+    assert Stage(idle=10.0).service.dead_peer == 10.0
+    assert Stage(idle=10.0, dead_peer=3.0).service.dead_peer == 3.0
+
+
+def test_a_snapshot_changes_no_more() -> None:
+    stage = Stage()
+    finish(proxied(stage))
+    before = stage.service.snapshot(stage.now)
+    finish(proxied(stage))
+    after = stage.service.snapshot(stage.now)
+    assert [(each.totals.closed, each.draining) for each in (before, after)] == [(1, False), (2, False)]
+    assert [tally.closed for each in (before, after) for tally in each.tallies.values()] == [
+        {"--": 1},
+        {"--": 2},
+    ]
+    (tally,) = after.tallies.values()
+    assert (tally.accepted, sum(tally.duration.counts), sum(tally.connect.counts)) == (2, 2, 2)
