@@ -51,7 +51,8 @@ def test_the_wheel_holds_the_two_packages_whole_and_nothing_else(wheel: Path) ->
 def test_the_wheel_says_what_the_project_says(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        metadata = email.message_from_bytes(archive.read(name))
+        # the core metadata specification: UTF-8, whatever e-mail says of headers
+        metadata = email.message_from_string(archive.read(name).decode())
         assert name.replace("METADATA", "licenses/LICENSE") in archive.namelist()
     assert (metadata["Name"], metadata["Version"]) == ("triptych", PROJECT["version"])
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("MIT", ">=3.11")
