@@ -334,7 +334,9 @@ def test_a_client_that_does_not_read_holds_up_nobody(stage: Stage, monkeypatch: 
         slow.sendall(SCRAPE)
         response = answer(slow)
         assert int(response.headers["content-length"]) == len(response.body.encode()) > 5_000_000
-        time.sleep(1.5)  # time is the script: longer than the patience set above, and the kernel tells nothing yet
+        time.sleep(
+            1.5
+        )  # time is the script: longer than the patience set above, and the kernel tells nothing yet
         # cut, and not with an end that looks complete
         received = 0
         try:
