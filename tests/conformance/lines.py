@@ -67,8 +67,7 @@ LINES: dict[str, list[Ended]] = {
     ],
     "write_after_a_complete_response": [
         Ended("SF", "ShdfF", "--", "upstream", None, 0),
-        # the response may be out before the client's last word is read, or after
-        Ended("RSTR", ANY, "SL", "upstream", "EPIPE"),
+        Ended("RSTR", "ShdDfr", "SL", "upstream", "EPIPE"),
     ],
     "client_resets_while_paused": [Ended("RSTO", "ShDR", "CD", "client", "ECONNRESET")],
     "upstream_resets_while_paused": [Ended("RSTR", "Shdr", "SD", "upstream", "ECONNRESET")],
