@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import click
 from msgspec.structs import replace
@@ -24,6 +24,14 @@ INTERRUPTED = 130
 # name: where the command is, and its line in `triptych --help`, which must not load it
 LAZY = {
     "compare": ("comparisons.compare:command", "Run the three engines on the same workloads."),
+    "split": ("comparisons.sidebyside.split:command", "Deal the sessions of one port to the three engines."),
+    "shadow": (
+        "comparisons.sidebyside.shadow:command",
+        "One engine answers, the others' answers are compared.",
+    ),
+    "record": ("comparisons.recordings.record:command", "Keep real conversations with their timing."),
+    "replay": ("comparisons.recordings.replay:command", "Play them again."),
+    "recording": ("comparisons.recordings.commands:group", "Look into a recording, or export it."),
     "logs": ("comparisons.logs.commands:group", "Read what the daemons wrote."),
 }
 
@@ -69,6 +77,37 @@ class Commands(click.Group):
             formatter.write_dl([*own, *((name, text) for name, (_, text) in LAZY.items())])
 
 
+class Flags(NamedTuple):
+    """What `echo` and `proxy` were given, but for the engine."""
+
+    listen: tuple[str, ...]
+    upstream: tuple[str, ...]
+    faults: tuple[str, ...]
+    fault_api: str | None
+    log: str
+    log_level: str
+
+    def config(self, service: str, engine: str) -> Config:
+        """ConfigError as `config.from_flags`."""
+        return from_flags(
+            engine=engine,
+            service=service,
+            listen=self.listen,
+            upstreams=self.upstream,
+            faults=self.faults,
+            faults_address=self.fault_api,
+            log_path=self.log,
+            log_level=self.log_level,
+        )
+
+    def arguments(self, service: str, engine: str) -> list[str]:
+        """The command of a process with this engine and these flags."""
+        several = {"--listen": self.listen, "--upstream": self.upstream, "--fault": self.faults}
+        several["--fault-api"] = (self.fault_api,) if self.fault_api else ()
+        command = [service, "--engine", engine, "--log", self.log, "--log-level", self.log_level]
+        return command + [part for flag, texts in several.items() for text in texts for part in (flag, text)]
+
+
 @click.group(cls=Commands)
 def triptych() -> None:
     """One echo and proxy service, three I/O models."""
@@ -83,27 +122,41 @@ engine_option = click.option(
 )
 log_option = click.option("--log", default="-", metavar="PATH", help="A file instead of stdout.")
 level_option = click.option("--log-level", type=LEVELS, default="info", show_default=True)
+fault_option = click.option(
+    "--fault",
+    "faults",
+    metavar="TYPE:KEY=VALUE,...",
+    multiple=True,
+    help="Met on purpose, as in latency:delay=20ms,probability=0.5 or reset:after=1s.",
+)
+fault_api_option = click.option(
+    "--fault-api", metavar="ADDR", help="Where Toxiproxy's clients control faults, as in 127.0.0.1:8474."
+)
 
 
 @triptych.command()
 @engine_option
 @listen_option
+@fault_option
+@fault_api_option
 @log_option
 @level_option
-def echo(engine: str, listen: tuple[str, ...], log: str, log_level: str) -> int:
+def echo(engine: str, **flags: Any) -> int:
     """Send back what comes in."""
-    return _serve_flags("echo", engine=engine, listen=listen, upstreams=(), log=log, level=log_level)
+    return _serve_flags("echo", engine, Flags(upstream=(), **flags))
 
 
 @triptych.command()
 @engine_option
 @listen_option
 @click.option("--upstream", metavar="ADDR", multiple=True, required=True, help="HOST:PORT or unix:/PATH.")
+@fault_option
+@fault_api_option
 @log_option
 @level_option
-def proxy(engine: str, listen: tuple[str, ...], upstream: tuple[str, ...], log: str, log_level: str) -> int:
+def proxy(engine: str, **flags: Any) -> int:
     """Pass sessions on to upstreams, in turn."""
-    return _serve_flags("proxy", engine=engine, listen=listen, upstreams=upstream, log=log, level=log_level)
+    return _serve_flags("proxy", engine, Flags(**flags))
 
 
 @triptych.command()
@@ -163,39 +216,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(result or 0)
 
 
-def _serve_flags(
-    service: str, *, engine: str, listen: Sequence[str], upstreams: Sequence[str], log: str, level: str
-) -> int:
+def _serve_flags(service: str, engine: str, flags: Flags) -> int:
     try:
         if engine == "all":
-            return _run_all(service, listen=listen, upstreams=upstreams, log=log, level=level)
-        config = from_flags(
-            engine=engine, service=service, listen=listen, upstreams=upstreams, log_path=log, log_level=level
-        )
+            return _run_all(service, flags)
+        config = flags.config(service, engine)
     except ConfigError as error:
         return _fail_all(error.faults, USAGE)
     return _run(config)
 
 
-def _run_all(service: str, *, listen: Sequence[str], upstreams: Sequence[str], log: str, level: str) -> int:
+def _run_all(service: str, flags: Flags) -> int:
     from services import supervisor  # noqa: PLC0415  only `all` pays for it
 
     commands = {}
-    flags = supervisor.spread(listen)
-    for engine, addresses in flags.items():
+    spread = supervisor.spread(flags.listen)
+    apis = supervisor.spread([flags.fault_api]) if flags.fault_api else {}
+    for engine, addresses in spread.items():
+        api = apis[engine][0] if apis else None
+        own = flags._replace(listen=tuple(addresses), fault_api=api)
         # a fault is told once, here, and not by three children
-        from_flags(
-            engine=engine,
-            service=service,
-            listen=addresses,
-            upstreams=upstreams,
-            log_path=log,
-            log_level=level,
-        )
-        commands[engine] = [service, "--engine", engine, "--log", log, "--log-level", level]
-        commands[engine] += [part for address in addresses for part in ("--listen", address)]
-        commands[engine] += [part for upstream in upstreams for part in ("--upstream", upstream)]
-    for engine, addresses in flags.items():
+        own.config(service, engine)
+        commands[engine] = own.arguments(service, engine)
+    for engine, addresses in spread.items():
         # a free port is told by the child that takes it
         known = [address for address in addresses if not address.endswith(":0")]
         if known:

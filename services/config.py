@@ -2,7 +2,8 @@
 
 The structs are the specification. One walker reads their fields, so that a key exists exactly
 where a field does, and the type says how its text is read: a `float` is a duration in seconds
-("250ms", "1h"), an `int` is a size in bytes ("64KiB"), an `Address` is an address. Nothing stops
+("250ms", "1h"), an `int` is a size in bytes ("64KiB"), an `Address` is an address; what is annotated with
+bounds is a plain number, and among tagged structs `type` tells which. Nothing stops
 at the first fault: `ConfigError` holds all of them, each with the path of its key.
 
 The flags of `triptych echo` and `triptych proxy` go the same way as a file, by `from_flags`.
@@ -13,12 +14,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
 
 from services.core.addresses import Address
+from services.core.faults import FOR_DATAGRAMS, FOR_STREAMS, AnyFault
 from services.core.session import Timeouts
 from services.vocabulary import Level
 
@@ -56,13 +59,16 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class ListenerConfig(Struct, frozen=True, kw_only=True):
-    """`answer_low_ports` lets a UDP echo answer source ports below 1024 (echo loops)."""
+    """`answer_low_ports` lets a UDP echo answer source ports below 1024 (echo loops). `faults` are met
+    on purpose by its sessions (`core/faults.py`).
+    """
 
     name: str
     address: Address
     service: Literal["echo", "proxy"]
     pool: str | None = None
     answer_low_ports: bool = False
+    faults: tuple[AnyFault, ...] = ()
 
 
 class UpstreamConfig(Struct, frozen=True, kw_only=True):
@@ -79,6 +85,12 @@ class MetricsConfig(Struct, frozen=True, kw_only=True):
     address: Address
 
 
+class FaultsConfig(Struct, frozen=True, kw_only=True):
+    """Where listeners and their faults are controlled in Toxiproxy's protocol, as with metrics."""
+
+    address: Address
+
+
 class Config(Struct, frozen=True, kw_only=True):
     """Everything a daemon is told. In the file `listeners` are [[listener]], `pools` [pool.NAME]."""
 
@@ -89,6 +101,7 @@ class Config(Struct, frozen=True, kw_only=True):
     pools: dict[str, PoolConfig] = msgspec.field(name="pool", default_factory=dict)
     timeouts: Timeouts = Timeouts()
     metrics: MetricsConfig | None = None
+    faults: FaultsConfig | None = None
 
 
 class Source(NamedTuple):
@@ -133,21 +146,35 @@ def from_flags(
     service: str,
     listen: Sequence[str],
     upstreams: Sequence[str] = (),
+    faults: Sequence[str] = (),
+    faults_address: str | None = None,
     log_path: str = "-",
     log_level: str = "info",
 ) -> Config:
     """The configuration that the flags of `echo` and `proxy` stand for; the listeners are named
-    `echo-1`, `echo-2` in the order of their flags. ConfigError names the flags.
+    `echo-1`, `echo-2` in the order of their flags. A fault is given to every listener that can suffer
+    it. ConfigError names the flags.
     """
+    tables = [_fault_table(text) for text in faults]
+    for table, text in zip(tables, faults, strict=True):
+        if not any(_suffers(address, table["type"]) for address in listen):
+            raise ConfigError([f"--fault: {text}: no --listen has what this fault is for"])
     pool = {"pool": "upstream"} if service == "proxy" else {}
     document = {
         "engine": engine,
         "log": {"path": log_path, "level": log_level},
         "listener": [
-            {"name": f"{service}-{number}", "address": text, "service": service, **pool}
+            {
+                "name": f"{service}-{number}",
+                "address": text,
+                "service": service,
+                "faults": [table for table in tables if _suffers(text, table["type"])],
+                **pool,
+            }
             for number, text in enumerate(listen, 1)
         ],
         "pool": {"upstream": {"upstreams": [{"address": text} for text in upstreams]}} if pool else {},
+        **({"faults": {"address": faults_address}} if faults_address else {}),
     }
     try:
         return read(document)
@@ -156,13 +183,39 @@ def from_flags(
             r"^engine:": "--engine:",
             r"^log\.path:": "--log:",
             r"^log\.level:": "--log-level:",
+            r"^faults\.address:": "--fault-api:",
+            r"^listener\[\d+\]\.faults\[\d+\]": "--fault",
             r"^listener(\[\d+\]\.\w+)?:": "--listen:",
             r"^pool\.upstream\.upstreams(\[\d+\]\.\w+)?:": "--upstream:",
         }
-        faults = error.faults
+        told = error.faults
         for path, flag in flags.items():
-            faults = [re.sub(path, flag, fault) for fault in faults]
-        raise ConfigError(faults) from error
+            told = [re.sub(path, flag, fault) for fault in told]
+        raise ConfigError(list(dict.fromkeys(told))) from error
+
+
+def _fault_table(text: str) -> dict[str, Any]:
+    """`latency:delay=2ms,probability=0.5` as the table that a file would have."""
+    kind, _, rest = text.partition(":")
+    table: dict[str, Any] = {"type": kind}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError([f"--fault: {text}: expected TYPE:KEY=VALUE,..., as in latency:delay=2ms"])
+        try:
+            table[key] = json.loads(value)
+        except ValueError:  # a duration, a size, a name
+            table[key] = value
+    return table
+
+
+def _suffers(address: str, kind: str) -> bool:
+    """Whether a listener at `address` can suffer a fault of this type; one that does not exist is told
+    by the walker.
+    """
+    suited = FOR_DATAGRAMS if address.startswith("udp:") else FOR_STREAMS
+    known = {each.__struct_config__.tag for each in (*FOR_STREAMS, *FOR_DATAGRAMS)}
+    return kind not in known or kind in {each.__struct_config__.tag for each in suited}
 
 
 def read(document: Mapping[str, Any]) -> Config:
@@ -187,7 +240,7 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
     pools = set(written) if isinstance(written, dict) else FAULTY
     if config.listeners is FAULTY:
         return
-    if not config.listeners:
+    if not config.listeners and config.faults is None:
         faults.append("listener: at least one is needed, as in [[listener]] with name, address and service")
     for number, listener in enumerate(config.listeners):
         path = f"listener[{number}]"
@@ -215,6 +268,7 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
                 )
         if listener.service == "echo" and listener.pool is not None:
             faults.append(f"{path}.pool: an echo has no upstreams, so no pool")
+        _check_faults(listener, path, faults)
         # what a descriptor of the service manager is shows only when it is claimed
         may_be_udp = address is FAULTY or address.transport in {"udp", "systemd"}
         if listener.answer_low_ports is True and not may_be_udp:
@@ -237,6 +291,25 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
                 )
             elif transport == "tcp" and not port:
                 faults.append(f"{path}[{number}].address: an upstream needs a port from 1 to 65535")
+
+
+def _check_faults(listener: ListenerConfig, path: str, faults: list[str]) -> None:
+    if FAULTY in (listener.address, listener.faults):
+        return
+    suited = {"udp": FOR_DATAGRAMS, "systemd": (*FOR_STREAMS, *FOR_DATAGRAMS)}.get(
+        listener.address.transport, FOR_STREAMS
+    )
+    labels: dict[str, str] = {}
+    for number, fault in enumerate(listener.faults):
+        where = f"{path}.faults[{number}]"
+        if fault is FAULTY or FAULTY in (fault.name, fault.direction):
+            continue
+        if not isinstance(fault, suited):
+            other = "streams, not datagrams" if suited is FOR_DATAGRAMS else "datagrams, not streams"
+            faults.append(f"{where}.type: {_quote(fault.type)} is for {other}")
+        first = labels.setdefault(fault.label, where)
+        if first != where:
+            faults.append(f"{where}.name: {_quote(fault.label)} is the name of {first} already")
 
 
 def _struct(kind: type[Struct], raw: Mapping[str, Any], path: str, faults: list[str]) -> Any:
@@ -268,8 +341,12 @@ def _value(kind: Any, raw: Any, path: str, faults: list[str]) -> Any:
         return tuple(_value(arguments[0], item, f"{path}[{at}]", faults) for at, item in enumerate(raw))
     if origin is dict and isinstance(raw, dict):
         return {key: _value(arguments[1], item, _join(path, key), faults) for key, item in raw.items()}
+    if isinstance(kind, UnionType) and isinstance(raw, dict):
+        return _tagged(arguments, raw, path, faults)
     if isinstance(kind, type) and issubclass(kind, Struct) and isinstance(raw, dict):
         return _struct(kind, raw, path, faults)
+    if origin is Annotated:
+        return _number(kind, raw, path, faults)
     if origin is Literal and raw in arguments:
         return raw
     if (kind is bool and isinstance(raw, bool)) or (kind is str and isinstance(raw, str) and raw):
@@ -288,6 +365,36 @@ def _value(kind: Any, raw: Any, path: str, faults: list[str]) -> Any:
     return FAULTY
 
 
+def _tagged(kinds: Sequence[type[Struct]], raw: Mapping[str, Any], path: str, faults: list[str]) -> Any:
+    """An instance of that one of `kinds` which `type` names."""
+    tags = {kind.__struct_config__.tag: kind for kind in kinds}
+    tag = raw.get("type")
+    if "type" not in raw:
+        faults.append(f"{_join(path, 'type')}: missing")
+    elif not isinstance(tag, str) or tag not in tags:
+        near = _similar(tag, tags) if isinstance(tag, str) else ""
+        faults.append(f"{_join(path, 'type')}: expected {_choices(tags)}, not {_quote(tag)}{near}")
+    else:
+        return _struct(tags[tag], {key: raw[key] for key in raw if key != "type"}, path, faults)
+    return FAULTY
+
+
+def _number(kind: Any, raw: Any, path: str, faults: list[str]) -> Any:
+    """A plain number within its bounds, which stand in the annotation."""
+    base, bounds = get_args(kind)
+    if (
+        not isinstance(raw, bool)
+        and isinstance(raw, int if base is int else int | float)
+        and raw >= bounds.ge
+        and (bounds.le is None or raw <= bounds.le)
+    ):
+        return base(raw)
+    most = f" to {bounds.le}" if bounds.le is not None else " on"
+    number = "a whole number" if base is int else "a number"
+    faults.append(f"{path}: expected {number} from {bounds.ge}{most}, not {_quote(raw)}")
+    return FAULTY
+
+
 def _within(number: float, least: float, most: float, least_text: str, most_text: str) -> float:
     if not least <= number <= most:
         raise ValueError(f"must be from {least_text} to {most_text}")
@@ -297,8 +404,7 @@ def _within(number: float, least: float, most: float, least_text: str, most_text
 def _expectation(kind: Any) -> str:
     origin = get_origin(kind)
     if origin is Literal:
-        *others, last = (_quote(choice) for choice in get_args(kind))
-        return f"{', '.join(others)} or {last}"
+        return _choices(get_args(kind))
     if origin is tuple:
         return "an array of tables"
     return {
@@ -308,6 +414,11 @@ def _expectation(kind: Any) -> str:
         str: "text that is not empty",
         Address: 'an address such as "127.0.0.1:7007"',
     }.get(kind, "a table")
+
+
+def _choices(values: Any) -> str:
+    *others, last = (_quote(choice) for choice in values)
+    return f"{', '.join(others)} or {last}"
 
 
 def _quote(value: Any) -> str:

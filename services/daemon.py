@@ -25,16 +25,20 @@ from typing import TYPE_CHECKING
 from services import systemd, vocabulary
 from services.config import Config, ConfigError, ListenerConfig, Source
 from services.core.addresses import Address
+from services.core.faults import AnyFault
 from services.core.service import Gauges, Policy, Service, Snapshot
+from services.core.session import Actions
 from services.core.upstreams import Pool, Upstream
 from services.endpoints import (
     EndpointError,
     Listener,
+    Route,
     bound_address,
     close_listeners,
     exposure,
     open_listeners,
     open_metrics,
+    refuse_loops,
     resolve,
 )
 from services.engines import sockets
@@ -97,6 +101,7 @@ def run(config: Config, *, instance: str = "-", source: Source | None = None) ->
     listeners = open_listeners(config.listeners, inherited)
     try:
         pools = _pools(config)
+        refuse_loops([_route(each, each.pool, pools) for each in listeners if each.pool])
         metrics = open_metrics(config.metrics.address, inherited) if config.metrics else []
         log = Log(config.log.path, config.log.level, config.engine, instance)
         try:
@@ -143,6 +148,7 @@ class _Daemon:
         """Take up a listener, and say so. One handed over may be several, of one name."""
         policy = Policy(listener.name, listener.service, listener.transport)
         _update(policy, listener, pools)
+        policy.faults = listener.faults
         added = [
             Listening(policy, sock, address)
             for sock, address in zip(listener.sockets, listener.addresses, strict=True)
@@ -231,13 +237,15 @@ class _Daemon:
             [wanted[key] for key in wanted if key not in self._listening], self._inherited
         )
         try:
+            self._refuse_loops(wanted, opened, pools)
             self._log.reopen(config.log.path, config.log.level)
-        except OSError:
+        except (OSError, EndpointError):
             close_listeners(opened)
             raise
         self._reloads["accepted"] += 1
         kept = [key for key in wanted if key in self._listening]
         removed = [key for key in self._listening if key not in wanted]
+        before = {_key(each): each.faults for each in self._config.listeners}
         self._config = config
         self._log.emit(
             vocabulary.ConfigReloaded(
@@ -248,7 +256,14 @@ class _Daemon:
             )
         )
         updates = [(each, wanted[key]) for key in kept for each in self._listening[key]]
-        self._engine.post(lambda: self._apply(config, pools, updates, opened))
+        # those that the control interface set stay, unless the file has others now
+        refaulted = {
+            each.policy: wanted[key].faults
+            for key in kept
+            for each in self._listening[key]
+            if wanted[key].faults != before.get(key)
+        }
+        self._engine.post(lambda: self._apply(config, pools, updates, opened, refaulted))
         for key in removed:
             for each in self._listening.pop(key):
                 self._engine.unlisten(each)
@@ -263,13 +278,31 @@ class _Daemon:
         pools: Mapping[str, Pool],
         updates: Sequence[tuple[Listening, ListenerConfig]],
         opened: Sequence[Listener],
-    ) -> None:
+        refaulted: Mapping[Policy, tuple[AnyFault, ...]],
+    ) -> Actions:
         """Where the engine's state may be touched."""
         self._service.reconfigure(config.timeouts, config.limits.buffer, config.log.stats)
         self._begin_tallies(opened)
         for listening, listener in updates:
             _update(listening.policy, listener, pools)
             sockets.set_options(listening.socket, self._service.dead_peer)
+        now = time.monotonic()
+        return [
+            action
+            for policy, faults in refaulted.items()
+            for action in self._service.change_faults(policy, faults, now)
+        ]
+
+    def _refuse_loops(
+        self,
+        wanted: Mapping[tuple[str, Address], ListenerConfig],
+        opened: Sequence[Listener],
+        pools: Mapping[str, Pool],
+    ) -> None:
+        """Of those that would listen with the new configuration: one kept may have another pool now."""
+        listening = [*opened, *(each for each in self._listeners if _key(each) in self._listening)]
+        proxies = [(each, wanted[_key(each)].pool) for each in listening if _key(each) in wanted]
+        refuse_loops([_route(each, pool, pools) for each, pool in proxies if pool])
 
     def _begin_tallies(self, listeners: Sequence[Listener]) -> None:
         """A series that Prometheus first sees at one has not risen."""
@@ -352,6 +385,11 @@ def _pools(config: Config) -> dict[str, Pool]:
         )
         for name, pool in config.pools.items()
     }
+
+
+def _route(listener: Listener, pool: str, pools: Mapping[str, Pool]) -> Route:
+    upstreams = [address for upstream in pools[pool].upstreams for address in upstream.addresses]
+    return Route(listener.name, listener.addresses, upstreams)
 
 
 def _since_process_start() -> int:

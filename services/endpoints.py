@@ -11,11 +11,13 @@ import socket
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from services.config import ListenerConfig
 from services.core.addresses import Address, Transport
+from services.core.faults import AnyFault
 
 # more than any burst; the kernel cuts it to net.core.somaxconn, which is where a limit belongs
 BACKLOG = 4096
@@ -49,6 +51,7 @@ class Listener:
     transport: Transport
     pool: str | None
     answer_low_ports: bool
+    faults: tuple[AnyFault, ...]
     sockets: list[socket.socket]
     inherited: bool
     requested: Address
@@ -120,6 +123,55 @@ def resolve(address: Address) -> list[Address]:
     return [Address(address.transport, host, port) for _, (host, port, *_) in _look_up(address)]
 
 
+class Route(NamedTuple):
+    """A proxying listener: what it is bound to, and where its pool's upstreams are."""
+
+    name: str
+    bound: Sequence[Address]
+    upstreams: Sequence[Address]
+
+
+def refuse_loops(routes: Sequence[Route]) -> None:
+    """A proxy that dials itself, directly or by another listener of its own process, would eat every
+    descriptor there is. EndpointError for the first one.
+    """
+    for route in routes:
+        reached: list[Route] = []
+        following = [route]
+        while following:
+            dialled = following.pop().upstreams
+            for other in routes:
+                if other not in reached and any(
+                    _reaches(upstream, bound) for upstream in dialled for bound in other.bound
+                ):
+                    reached.append(other)
+                    following.append(other)
+        if route in reached:
+            raise EndpointError(
+                f"{route.name}: its upstreams lead back to {route.bound[0]}, where it listens itself; "
+                "name the server behind it",
+                CONFIGURATION,
+            )
+
+
+def _reaches(dialled: Address, bound: Address) -> bool:
+    """Whether a connection to `dialled` comes to the socket that is bound to `bound`."""
+    if dialled == bound:
+        return True
+    if dialled.transport != bound.transport or dialled.port != bound.port or dialled.transport == "unix":
+        return False
+    if not ip_address(bound.host).is_unspecified or (":" in dialled.host) != (":" in bound.host):
+        return False
+    # whoever may bind an address has it
+    family = socket.AF_INET6 if ":" in dialled.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((dialled.host, 0))
+        except OSError:
+            return False
+    return True
+
+
 def exposure(service: Literal["echo", "proxy", "metrics"], address: Address) -> str | None:
     """What listening on this bound address offers to other hosts, in one phrase; None on loopback."""
     host = address.host.removeprefix("::ffff:")
@@ -143,6 +195,7 @@ def _listener(
         transport=transport,
         pool=wanted.pool,
         answer_low_ports=wanted.answer_low_ports,
+        faults=wanted.faults,
         sockets=sockets,
         inherited=inherited,
         requested=wanted.address,

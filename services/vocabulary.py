@@ -150,6 +150,14 @@ class UpstreamDown(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class FaultsChanged(Event, frozen=True, kw_only=True):
+    """The control interface gave a listener these faults, by their names, and no others."""
+
+    NAME = "faults_changed"
+    listener: str
+    faults: list[str]
+
+
 class Session(Event, frozen=True, kw_only=True):
     """Who: the fields that identify a session. `session` sorts by time; `pair` joins
     sessions that split, shadow or replay made from one.
@@ -201,6 +209,7 @@ class SessionProgress(Session, frozen=True, kw_only=True):
     termination: Annotated[str, Meta(pattern=r"^[CSPRIDKcs-][QCDL-]$")] | None
     closed_by: Literal["client", "upstream", "service"] | None
     error: str | None
+    faults: str | None
     sessions: Count
     client_rtt_us: Microseconds | None
     client_retrans: Count | None
@@ -284,6 +293,7 @@ EVENTS: tuple[type[Event], ...] = (
     ListenerPaused,
     UpstreamUp,
     UpstreamDown,
+    FaultsChanged,
     SessionOpened,
     SessionProgress,
     SessionClosed,

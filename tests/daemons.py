@@ -46,17 +46,18 @@ def configuration(
 ) -> str:
     """A configuration file's text. `settings` are dotted keys, as in {"timeouts.idle": "1s"}."""
 
-    def table(values: Mapping[str, object]) -> str:
-        # what JSON writes for text and booleans, TOML reads as the same
-        return "{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) + " }"
-
-    def array(tables: Sequence[Mapping[str, object]]) -> str:
-        return "[" + ", ".join(map(table, tables)) + "]"
+    def value(of: object) -> str:
+        if isinstance(of, Mapping):
+            return "{ " + ", ".join(f"{key} = {value(item)}" for key, item in of.items()) + " }"
+        if isinstance(of, Sequence) and not isinstance(of, str):
+            return "[" + ", ".join(map(value, of)) + "]"
+        # what JSON writes for text, numbers and booleans, TOML reads as the same
+        return json.dumps(of)
 
     lines = [f"{key} = {json.dumps(value)}" for key, value in {"engine": engine, **(settings or {})}.items()]
-    lines.append(f"listener = {array(listeners)}")
+    lines.append(f"listener = {value(listeners)}")
     for name, upstreams in (pools or {}).items():
-        lines.append(f"pool.{name}.upstreams = {array([{'address': str(each)} for each in upstreams])}")
+        lines.append(f"pool.{name}.upstreams = {value([{'address': str(each)} for each in upstreams])}")
     return "\n".join(lines) + "\n"
 
 

@@ -203,6 +203,14 @@ def test_a_port_without_permission_is_77() -> None:
     )
 
 
+def test_a_proxy_pointed_at_itself_is_78() -> None:
+    port = free_ports()
+    flags = ["--listen", f"0.0.0.0:{port}", "--upstream", f"127.0.0.1:{port}"]
+    code, message = fault("proxy", *flags)
+    assert code == 78
+    assert message.startswith(f"proxy-1: its upstreams lead back to 0.0.0.0:{port}, where it listens itself")
+
+
 def test_an_unknown_host_is_69() -> None:
     for arguments in (
         ["echo", "--listen", "no-such-host.invalid:0"],

@@ -20,6 +20,7 @@ from services.config import (
     read,
 )
 from services.core.addresses import Address
+from services.core.faults import Drop, Latency, Reset
 from services.core.session import Timeouts
 
 ECHO = '[[listener]]\nname = "e"\naddress = "127.0.0.1:7007"\nservice = "echo"\n'
@@ -316,3 +317,75 @@ def test_faults_of_flags_name_the_flag() -> None:
         "--upstream: an upstream is HOST:PORT or unix:/PATH, not udp:",
         "--upstream: an upstream needs a port from 1 to 65535",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ('{ type = "latenzy" }', ".type: expected"),
+        ("{ delay = '1s' }", ".type: missing"),
+        ("{ type = 5 }", ".type: expected"),
+        ("3", ": expected a table, not 3"),
+        ('{ type = "latency", deley = "1s" }', '.deley: unknown key (did you mean "delay"?)'),
+        ('{ type = "latency" }', ".delay: missing"),
+        ('{ type = "latency", delay = 5 }', '.delay: expected a duration such as "60s", not 5'),
+        ('{ type = "reset", probability = 2 }', ".probability: expected a number from 0 to 1, not 2"),
+        (
+            '{ type = "reset", probability = "often" }',
+            '.probability: expected a number from 0 to 1, not "often"',
+        ),
+        ('{ type = "reset", seed = 0.5 }', ".seed: expected a whole number from 0 on, not 0.5"),
+        ('{ type = "reset", seed = true }', ".seed: expected a whole number from 0 on, not true"),
+        (
+            '{ type = "reset", direction = "left" }',
+            '.direction: expected "upstream" or "downstream", not "left"',
+        ),
+        ('{ type = "loss" }', '.type: "loss" is for datagrams, not streams'),
+    ],
+)
+def test_a_fault_that_cannot_be_met_is_told_with_its_path(tmp_path: Path, fault: str, told: str) -> None:
+    found = faults(tmp_path, ECHO + f"faults = [{fault}]")
+    assert any(line.startswith(f"listener[0].faults[0]{told}") for line in found), found
+
+
+def test_faults_of_one_name_are_told_apart_or_refused(tmp_path: Path) -> None:
+    twice = '{ type = "latency", delay = "1s" }'
+    assert faults(tmp_path, ECHO + f"faults = [{twice}, {twice}]") == [
+        'listener[0].faults[1].name: "latency_downstream" is the name of listener[0].faults[0] already'
+    ]
+    named = '{ type = "latency", delay = "1s", name = "other" }'
+    assert len(load(write(tmp_path, ECHO + f"faults = [{twice}, {named}]")).listeners[0].faults) == 2
+
+
+def test_a_stream_fault_is_nothing_for_datagrams(tmp_path: Path) -> None:
+    text = ECHO.replace("127", "udp:127") + 'faults = [{ type = "reset" }, { type = "reorder" }]'
+    assert faults(tmp_path, text) == ['listener[0].faults[0].type: "reset" is for streams, not datagrams']
+
+
+def test_fault_flags_go_to_the_listeners_that_can_suffer_them() -> None:
+    config = from_flags(
+        engine="twisted",
+        service="echo",
+        listen=["127.0.0.1:1", "udp:127.0.0.1:1"],
+        faults=["latency:delay=2ms,probability=0.5,seed=7,direction=upstream", "loss:probability=1", "reset"],
+        faults_address="127.0.0.1:8474",
+    )
+    stream, datagrams = (listener.faults for listener in config.listeners)
+    latency = Latency(delay=0.002, probability=0.5, seed=7, direction="upstream")
+    assert stream == (latency, Reset())
+    assert datagrams == (latency, Drop(probability=1.0))
+    assert config.faults is not None
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("latency:delay", "--fault: latency:delay: expected TYPE:KEY=VALUE,..., as in latency:delay=2ms"),
+        ("latency:delay=5", '--fault.delay: expected a duration such as "60s", not 5'),
+        ("loss", "--fault: loss: no --listen has what this fault is for"),
+    ],
+)
+def test_a_fault_flag_that_cannot_be_met_is_told_as_a_flag(flag: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_flags(engine="twisted", service="echo", listen=["127.0.0.1:1", "[::1]:1"], faults=[flag])
+    assert caught.value.faults == [told]

@@ -17,9 +17,11 @@ from services.core.addresses import Address
 from services.endpoints import (
     EndpointError,
     Listener,
+    Route,
     close_listeners,
     exposure,
     open_listeners,
+    refuse_loops,
     resolve,
 )
 
@@ -393,3 +395,53 @@ def test_listening_beyond_loopback_has_a_risk_that_can_be_told(
     service: Service, text: str, risk: str
 ) -> None:
     assert risk in (exposure(service, Address.parse(text)) or "")
+
+
+# Loops ------------------------------------------------------------------------------------------
+
+
+def tcp(host: str, port: int) -> Address:
+    return Address("tcp", host, port)
+
+
+@pytest.mark.parametrize(
+    ("bound", "upstream"),
+    [
+        (tcp("127.0.0.1", 7000), tcp("127.0.0.1", 7000)),
+        (tcp("0.0.0.0", 7000), tcp("127.0.0.1", 7000)),
+        (tcp("::", 7000), tcp("::1", 7000)),
+        (Address("unix", "/run/x.sock"), Address("unix", "/run/x.sock")),
+    ],
+    ids=str,
+)
+def test_a_proxy_that_would_dial_itself_is_refused(bound: Address, upstream: Address) -> None:
+    with pytest.raises(EndpointError) as caught:
+        refuse_loops([Route("front", [bound], [tcp("192.0.2.1", 80), upstream])])
+    assert caught.value.message == (
+        f"front: its upstreams lead back to {bound}, where it listens itself; name the server behind it"
+    )
+    assert caught.value.exit_code == 78
+
+
+def test_a_loop_over_several_listeners_is_refused_and_a_chain_is_not() -> None:
+    first, second, third = (tcp("127.0.0.1", port) for port in (7001, 7002, 7003))
+    refuse_loops([Route("a", [first], [second]), Route("b", [second], [third])])
+    with pytest.raises(EndpointError, match="a: its upstreams lead back"):
+        refuse_loops(
+            [Route("a", [first], [second]), Route("b", [second], [third]), Route("c", [third], [first])]
+        )
+
+
+@pytest.mark.parametrize(
+    ("bound", "upstream"),
+    [
+        (tcp("127.0.0.1", 7000), tcp("127.0.0.1", 7001)),
+        (tcp("127.0.0.1", 7000), tcp("127.0.0.2", 7000)),
+        (tcp("0.0.0.0", 7000), tcp("192.0.2.1", 7000)),  # nobody's: RFC 5737
+        (tcp("::", 7000), tcp("127.0.0.1", 7000)),
+        (Address("unix", "/run/x.sock"), Address("unix", "/run/y.sock")),
+    ],
+    ids=str,
+)
+def test_another_port_or_another_machine_is_no_loop(bound: Address, upstream: Address) -> None:
+    refuse_loops([Route("front", [bound], [upstream])])

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.config import NOT_KEYS, Config, ListenerConfig, UpstreamConfig, load
+from services.config import NOT_KEYS, Config, FaultsConfig, ListenerConfig, UpstreamConfig, load
+from services.core.faults import FOR_DATAGRAMS, FOR_STREAMS, Fault
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "deploy/triptych.toml"
@@ -82,6 +83,12 @@ def test_the_example_configuration_has_every_key() -> None:
         kind = next(field.type for field in msgspec.structs.fields(Config) if field.name == section)
         assert written[section].keys() == keys(kind), section
     assert {key for listener in written["listener"] for key in listener} == keys(ListenerConfig)
+    faults = [fault for listener in written["listener"] for fault in listener.get("faults", [])]
+    for kind in (*FOR_STREAMS, *FOR_DATAGRAMS):
+        own = {key for fault in faults if fault["type"] == kind.__struct_config__.tag for key in fault}
+        assert own >= keys(kind) - keys(Fault), kind
+    assert {key for fault in faults for key in fault} >= keys(Fault)
+    assert written["faults"].keys() == keys(FaultsConfig)
     upstreams = [upstream for pool in written["pool"].values() for upstream in pool["upstreams"]]
     assert {key for upstream in upstreams for key in upstream} == keys(UpstreamConfig)
 

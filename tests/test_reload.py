@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -227,3 +228,35 @@ def test_a_daemon_that_drains_takes_nothing_new_up(service: Reloadable) -> None:
         assert faults == ["this daemon is draining; its successor reads the file"]
         exchange(client)
     daemon.ended()
+
+
+def test_a_reload_changes_the_faults_of_open_sessions(service: Reloadable) -> None:
+    address = free()
+    service.start([echo("front", address)])
+    with connect(address) as client:
+        exchange(client)
+        slow = {**echo("front", address), "faults": [{"type": "latency", "delay": "200ms"}]}
+        service.reload([slow])
+        (line,) = service.daemon.wait_for("faults_changed")
+        assert (line["listener"], line["faults"]) == ("front", ["latency_downstream"])
+        began = time.monotonic()
+        exchange(client)
+        assert time.monotonic() - began >= 0.2
+        service.reload([slow])
+        service.reload([echo("front", address)])
+        assert service.daemon.wait_for("faults_changed", 2)[-1]["faults"] == []
+        began = time.monotonic()
+        exchange(client)
+        assert time.monotonic() - began < 0.2
+
+
+def test_a_reload_that_would_make_a_loop_is_refused(service: Reloadable) -> None:
+    address, other = free(), free()
+    front = {"name": "front", "address": str(address), "service": "proxy", "pool": "pool"}
+    service.start([echo("stays", other)])
+    [fault] = service.refuse(
+        configuration(service.engine, [echo("stays", other), front], {"pool": [address]})
+    )
+    assert "lead back to" in fault
+    with connect(other) as client:
+        exchange(client)

@@ -7,11 +7,12 @@ with the complete proxy.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 
 from services import vocabulary
 from services.core.addresses import Address
+from services.core.faults import Fates
 from services.core.record import Counts, Record, State, line
 from services.core.service import Policy, Service
 
@@ -54,7 +55,7 @@ class DatagramSession:
             reads=self.datagrams_in,
             writes=self.datagrams_out,
             partial_writes=0,
-            would_block=self.datagrams_in - self.datagrams_out,
+            would_block=max(0, self.datagrams_in - self.datagrams_out),
             pauses=0,
             paused_us=0,
             peak_buffer=self.peak,
@@ -82,6 +83,7 @@ class Datagrams:
         self._sessions: OrderedDict[tuple[str, int], DatagramSession] = OrderedDict()
         self._refused = 0
         self._refusal_at = float("-inf")
+        self._fates = Fates(())
         service.keep(self)
 
     def __len__(self) -> int:
@@ -101,6 +103,20 @@ class Datagrams:
             self._sessions.move_to_end(key)
         session.received(n, now)
         return session
+
+    def replies(self, now: float) -> Sequence[float]:
+        """When to answer the datagram just received, as often as there are times: once and at once,
+        unless a fault of the listener has it otherwise.
+        """
+        faults = self._policy.faults
+        if faults is not self._fates.faults:
+            self._fates = Fates(faults)
+        if not faults:
+            return (now,)
+        times = tuple(self._fates.of_next(now))
+        if not times:
+            self.dropped()
+        return times
 
     def dropped(self) -> None:
         """A reply that the kernel would not take at once."""
@@ -140,6 +156,7 @@ class Datagrams:
             return None
         client = Address("udp", host, port)
         record = self._service.open_record(self._policy, client, self._local, None, now)
+        record.faults = ",".join(fault.label for fault in self._policy.faults) or None
         session = self._sessions[key] = DatagramSession(record)
         return session
 

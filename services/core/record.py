@@ -81,6 +81,7 @@ class Record:
         "connected_at",
         "dialled_at",
         "error",
+        "faults",
         "first_byte_at",
         "id",
         "listener",
@@ -135,6 +136,8 @@ class Record:
         self.termination: str | None = None
         self.closed_by: Literal["client", "upstream", "service"] | None = None
         self.error: str | None = None
+        # the labels of the faults that it met on purpose, with commas
+        self.faults: str | None = None
 
 
 class Counts(NamedTuple):
@@ -236,6 +239,7 @@ def line(
         termination=record.termination,
         closed_by=record.closed_by,
         error=record.error,
+        faults=record.faults,
         sessions=sessions,
         client_rtt_us=client_info.rtt_us,
         client_retrans=client_info.retrans,

@@ -3,8 +3,14 @@
 The engine moves the bytes and says how many; the relay says whether there is room to read and
 whether something waits to be written. A relay belongs to the thread that pumps it: nothing here
 takes a lock, and nothing is computed on the path of a message that its counters do not need.
+
+A relay that suffers faults carries a `line`. Only then do bytes pass through the core: the engine
+hands over what it read (`carry`) and writes what comes out (`deliver`) when it is due.
 """
 
+from collections.abc import Sequence
+
+from services.core.faults import AnyFault, Line
 from services.core.record import Record, Side
 
 
@@ -28,8 +34,10 @@ class Relay:
         "finished_at",
         "first_in",
         "first_out",
+        "held",
         "last_in",
         "limit",
+        "line",
         "partial_writes",
         "paused_at",
         "paused_time",
@@ -65,6 +73,8 @@ class Relay:
         # the source has ended, says a failed write to it; its end may not have been read yet
         self.peer_ended = False
         self.discarding = False
+        self.line: Line | None = None
+        self.held = 0  # bytes inside the line
 
     @property
     def pending(self) -> int:
@@ -72,17 +82,26 @@ class Relay:
         return self.limit - self.room
 
     @property
+    def waiting(self) -> int:
+        """Those of them that the sink could have at once."""
+        return self.limit - self.room - self.held
+
+    @property
     def wants_read(self) -> bool:
-        return self.room > 0 and self.ended_at is None
+        return self.room > 0 and self.ended_at is None and (self.line is None or not self.line.exhausted)
 
     @property
     def wants_write(self) -> bool:
-        return self.room < self.limit
+        return self.room + self.held < self.limit
 
     @property
     def finished(self) -> bool:
         """The source has ended and every byte of it was written."""
-        return self.ended_at is not None and self.room == self.limit
+        if self.room < self.limit:
+            return False
+        if self.line is None or self.discarding:
+            return self.ended_at is not None
+        return self.line.over
 
     def received(self, n: int, now: float) -> None:
         """`n` bytes (at least 1, at most `room`) were read from the source."""
@@ -114,7 +133,7 @@ class Relay:
         gap = now - record.moved_at
         record.max_gap = max(record.max_gap, gap)
         record.moved_at = now
-        if self.room < self.limit:
+        if self.room + self.held < self.limit:
             self.partial_writes += 1
         if self.paused_at is not None:
             self.resumes += 1
@@ -135,9 +154,44 @@ class Relay:
         """The source's end (its FIN) was read."""
         if self.ended_at is None:
             self.ended_at = now
+            if self.line is not None:
+                self.line.end(now)
 
     def discard(self) -> None:
         """The sink is gone: what waits for it and what still comes is read and dropped."""
         self.discarding = True
         self.room = self.limit
+        self.held = 0
         self.paused_at = None
+
+    def suffer(self, faults: Sequence[AnyFault], number: int, now: float) -> None:
+        """These faults from now on, and no others. From any thread."""
+        if self.line is not None:
+            self.line.change(faults)
+        elif faults and self.finished_at is None:
+            line = Line(faults, number)
+            if self.ended_at is not None:
+                line.end(now)
+            self.line = line
+
+    def carry(self, data: bytes, now: float) -> None:
+        """`data`, which was `received`, goes into the line."""
+        assert self.line is not None
+        kept = self.line.feed(data, now)
+        self.held += kept
+        self.room += len(data) - kept
+
+    def deliver(self, now: float) -> bytes:
+        """What comes out of the line now, to be written at once; empty where nothing does."""
+        assert self.line is not None
+        if self.discarding:
+            return b""
+        piece = self.line.take(now)
+        self.held -= len(piece)
+        return piece
+
+    def due(self) -> float:
+        """When `deliver` has something to give, or the line's end comes out."""
+        if self.line is None or self.discarding:
+            return float("inf")
+        return self.line.due()

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from services import vocabulary
 from services.core.addresses import Address, Transport
+from services.core.faults import AnyFault
 from services.core.record import NO_TCP_INFO, Counts, Record, TcpInfo, identity, line, microseconds
 from services.core.session import Accepted, Actions, Cut, Session, Timeouts
 from services.core.tally import ListenerKey, Tally
@@ -36,6 +37,9 @@ class Policy:
     transport: Transport
     pool: Pool | None = None
     answer_low_ports: bool = False
+    faults: tuple[AnyFault, ...] = ()
+    # how many sessions there were: what a fault's draws depend on
+    sessions: int = 0
 
 
 class Gauges(NamedTuple):
@@ -128,7 +132,8 @@ class Service:
 
         """
         record = self.open_record(policy, client, local, accept_wait, now)
-        session = Session(record, self.timeouts, self.buffer, policy.pool)
+        policy.sessions += 1
+        session = Session(record, self.timeouts, self.buffer, policy.pool, policy.sessions, policy.faults)
         self.sessions.add(session)
         return session, session.handle(Accepted(), now)
 
@@ -208,6 +213,26 @@ class Service:
 
     def count_dropped_datagram(self) -> None:
         self._datagrams_dropped += 1
+
+    def change_faults(self, policy: Policy, faults: tuple[AnyFault, ...], now: float) -> Actions:
+        """The listener's faults are these from now on, for its open sessions too."""
+        policy.faults = faults
+        self.emit(vocabulary.FaultsChanged(listener=policy.name, faults=[fault.label for fault in faults]))
+        return [
+            action
+            for session in self.sessions
+            if session.record.listener == policy.name
+            for action in session.refault(faults, now)
+        ]
+
+    def cut(self, policy: Policy, now: float) -> Actions:
+        """The operator ends every session of a listener."""
+        return [
+            action
+            for session in self.sessions
+            if session.record.listener == policy.name
+            for action in session.handle(Cut("K"), now)
+        ]
 
     def expire_session(self, session: Session, now: float) -> Actions:
         """`session.expire`, with the progress line that may be due."""

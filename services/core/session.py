@@ -34,6 +34,9 @@ The rules, by their numbers in the behaviour table:
 
 A leg's loss is remembered: it is delivered once, whatever its socket says later. After the session
 is over every event is ignored, so an engine need not cancel what is already on its way.
+
+Faults on purpose (`faults.py`) act on a session that relays: on its bytes by the relays' lines, on
+itself by a deadline, which ends it as the operator would (`K`).
 PROXY headers (16) will be a phase before Q, fed by a `Received` event; admission (23) decides before
 a session is made; names resolved again and raced addresses (17) concern `_dial`.
 """
@@ -46,6 +49,7 @@ from typing import Literal
 from msgspec import Struct
 
 from services.core.addresses import Address
+from services.core.faults import NEVER, AnyFault, Blackhole, Reset, hitting
 from services.core.record import (
     CLIENT,
     UPSTREAM,
@@ -178,6 +182,13 @@ class BeginRelay:
 
 
 @dataclass(frozen=True, slots=True)
+class Deliver:
+    """What the relay's line holds may be due earlier than it said."""
+
+    relay: Relay
+
+
+@dataclass(frozen=True, slots=True)
 class SendEnd:
     """Pass FIN to `leg`: shut its write side down."""
 
@@ -212,7 +223,7 @@ class Close:
     leg: Side
 
 
-Action = Dial | Cancel | BeginRelay | SendEnd | Discard | Probe | Abort | Close
+Action = Dial | Cancel | BeginRelay | Deliver | SendEnd | Discard | Probe | Abort | Close
 Actions = Sequence[tuple["Session", Action]]
 
 
@@ -236,6 +247,8 @@ class Session:
         timeouts: for all its life, whatever is reloaded meanwhile.
         buffer: bytes that a relay may hold.
         pool: where a proxy dials; None is echo.
+        number: how many sessions its listener had before, and itself.
+        faults: the listener's, from which those that hit this session are drawn.
 
     """
 
@@ -245,8 +258,12 @@ class Session:
         "_candidates",
         "_dial_deadline",
         "_dial_loss",
+        "_endings",
+        "_fault_at",
+        "_faults",
         "_gave_up",
         "_lost",
+        "_number",
         "_pool",
         "_probed_at",
         "_progress_at",
@@ -258,7 +275,15 @@ class Session:
         "relays",
     )
 
-    def __init__(self, record: Record, timeouts: Timeouts, buffer: int, pool: Pool | None) -> None:
+    def __init__(
+        self,
+        record: Record,
+        timeouts: Timeouts,
+        buffer: int,
+        pool: Pool | None,
+        number: int = 1,
+        faults: Sequence[AnyFault] = (),
+    ) -> None:
         self.record = record
         self.phase = Phase.CHOOSING
         self.relays: tuple[Relay, ...] = (
@@ -280,6 +305,11 @@ class Session:
         self._broken: Side | None = None
         self._probed_at = record.opened_at
         self._progress_at = record.opened_at + timeouts.progress
+        self._number = number
+        self._faults = faults
+        # the faults that end the session, and when the first of them does
+        self._endings: dict[AnyFault, float] = {}
+        self._fault_at = NEVER
 
     @property
     def over(self) -> bool:
@@ -393,7 +423,40 @@ class Session:
     def _begin(self, now: float) -> Actions:
         self.phase = Phase.RELAYING
         self.record.moved_at = now
+        if self._faults:
+            self._suffer(now)
         return self._do(BeginRelay())
+
+    # Faults on purpose --------------------------------------------------------------------------
+
+    def refault(self, faults: Sequence[AnyFault], now: float) -> Actions:
+        """The listener's faults have changed, while this session is open."""
+        self._faults = faults
+        if self.phase is not Phase.RELAYING:
+            return ()
+        self._suffer(now)
+        lossy = [relay for relay in self.relays if relay.line is not None and relay.line.lossy]
+        if lossy and not any(isinstance(fault, Blackhole) for fault in self._faults):
+            # a stream with a hole must not go on as if it were whole
+            return self._end("K" + self._letter(), None, now, orderly=True)
+        return self._do(*(Deliver(relay) for relay in self.relays if relay.line is not None))
+
+    def _suffer(self, now: float) -> None:
+        self._faults = faults = hitting(self._faults, self._number)
+        self.record.faults = ",".join(fault.label for fault in faults) or None
+        for relay, direction in zip(self.relays, ("upstream", "downstream"), strict=False):
+            own = [fault for fault in faults if len(self.relays) == 1 or fault.direction == direction]
+            relay.suffer(own, self._number, now)
+        self._endings = {
+            fault: self._endings.get(fault, now + fault.after)
+            for fault in faults
+            if isinstance(fault, Reset | Blackhole) and fault.after is not None
+        }
+        self._fault_at = min(self._endings.values(), default=NEVER)
+
+    def _fault_due(self, now: float) -> Actions:
+        first = min(self._endings, key=self._endings.__getitem__)
+        return self._end("K" + self._letter(), None, now, orderly=isinstance(first, Blackhole))
 
     # Ending -------------------------------------------------------------------------------------
 
@@ -401,6 +464,8 @@ class Session:
         if relay.finished_at is not None:
             return ()
         relay.finished_at = now
+        if relay.line is not None and relay.line.exhausted and relay.ended_at is None:
+            return self._end("K" + self._letter(), None, now, orderly=True)
         if not relay.discarding and relay.sink is CLIENT:
             self.record.our_end_at = now
         if all(each.finished_at is not None for each in self.relays):
@@ -490,6 +555,8 @@ class Session:
         record.error = error
         if not orderly and CLIENT not in self._lost:
             record.our_reset_at = now
+        if orderly and termination[0] == "K" and record.our_end_at is None:
+            record.our_end_at = now
         actions.extend(Close(leg) if orderly else Abort(leg) for leg in legs)
         return self._do(*actions)
 
@@ -505,7 +572,7 @@ class Session:
 
     def deadline(self) -> float:
         """When `expire` wants to be called, if nothing happens before; it may find nothing to do."""
-        times = [self._progress_at, self._patience_ends()]
+        times = [self._progress_at, self._patience_ends(), self._fault_at]
         if self._unread_legs():
             times.append(self._probed_at + self._probe_interval())
         return min(times)
@@ -517,6 +584,8 @@ class Session:
         progress = now >= self._progress_at
         if progress:
             self._progress_at = now + self._timeouts.progress
+        if now >= self._fault_at:
+            return self._fault_due(now), progress
         if now >= self._patience_ends():
             return self._out_of_patience(now), progress
         legs = self._unread_legs()

@@ -12,7 +12,9 @@ their order, before the next event of that session. `Probe` is answered at once,
 *Bytes.* From `BeginRelay` on the engine moves bytes for each relay by itself, as long as the relay
 `wants_read` and `wants_write`, and reports `received(n)`, `sent(n)`, `blocked()`, `pause()` and
 `ended()` to the relay, not to the session. When a relay is `finished`, the engine says `Finished`,
-once; the FIN follows from the session's answer, never before.
+once; the FIN follows from the session's answer, never before. A relay may carry a line (faults on
+purpose): what was received is handed to it (`carry`), and what is written is what comes out of it
+(`deliver`), piece by piece, no earlier than `due()`. `Deliver` asks to look again.
 
 *Loss.* A socket call that fails for good is `Lost(leg, loss_of(error))`. The engine keeps the leg
 open until it is told to `Abort` or `Close` it: what the other direction still holds may count.
@@ -24,7 +26,7 @@ calls `Service.retire` with the TCP_INFO it took before.
 time `Service.expire_session` is called. `Service.deadline` and `expire` are the same for the service.
 
 *Other threads* and signal handlers may call the public methods, and nothing else. `post(fn)` runs
-`fn` where the service's state may be touched; `check(fn)` runs it once everything that accepts or
+`fn` where the service's state may be touched, and performs the actions that it returns; `check(fn)` runs it once everything that accepts or
 keeps time has come round since: a hung engine never does.
 
 *Listeners* come and go: `listen(listening)`, `unlisten(listening)`. Of one that goes, what already
@@ -49,6 +51,7 @@ from typing import Protocol
 
 from services.core.addresses import Address
 from services.core.service import Policy, Service
+from services.core.session import Actions
 
 # Read at most this much at once: as much as a relay holds by default, and what Twisted reads.
 CHUNK = 65_536
@@ -99,8 +102,8 @@ class Engine(Protocol):
     def check(self, done: Callable[[], None]) -> None:
         """Call `done` once every thread that accepts or keeps time has come round."""
 
-    def post(self, function: Callable[[], object]) -> None:
-        """Run `function` where the service's state may be touched."""
+    def post(self, function: Callable[[], Actions | None]) -> None:
+        """Run `function` where the service's state may be touched, and do what it says."""
 
 
 def load(name: str) -> type[Engine]:

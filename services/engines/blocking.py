@@ -18,9 +18,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 from services import vocabulary
-from services.core.datagrams import Datagrams
+from services.core.datagrams import Datagrams, DatagramSession
 from services.core.record import CLIENT, NO_TCP_INFO, UPSTREAM, Loss, Side
 from services.core.relay import Relay
 from services.core.service import Service
@@ -31,6 +32,7 @@ from services.core.session import (
     Cancel,
     Close,
     Cut,
+    Deliver,
     Dial,
     DialFailed,
     Dialled,
@@ -44,7 +46,7 @@ from services.core.session import (
 )
 from services.engines import sockets
 from services.engines.base import CHUNK, DATAGRAM, MOST_DATAGRAMS, Listening
-from services.engines.deadlines import Deadlines
+from services.engines.deadlines import NEVER, Deadlines, Later
 
 # A sender, or a connecting thread, looks up this often whether its session still wants it.
 LOOK_UP = 0.5
@@ -108,6 +110,7 @@ class Engine:
         self._lock = threading.Lock()
         self._conversations: dict[Session, _Conversation] = {}
         self._deadlines = Deadlines()
+        self._later = Later()
         self._rearmed = threading.Condition(self._lock)
         self._stopped = False
         self._acceptors: dict[Listening, _Acceptor] = {}
@@ -139,13 +142,17 @@ class Engine:
     def check(self, done: Callable[[], None]) -> None:
         self._posted.put(partial(self._check, done))
 
-    def post(self, function: Callable[[], object]) -> None:
+    def post(self, function: Callable[[], Actions | None]) -> None:
         self._posted.put(partial(self._run_posted, function))
 
-    def _run_posted(self, function: Callable[[], object]) -> None:
+    def _run_posted(self, function: Callable[[], Actions | None]) -> None:
         with self._lock:
-            function()
+            actions = function() or ()
             self._rearmed.notify()
+            sessions = self._enter(actions)
+        self._perform(actions)
+        for each in sessions:
+            self._leave(each)
 
     def _check(self, done: Callable[[], None]) -> None:
         seen = [acceptor.seen for acceptor in self._acceptors.values()] + [self._timer_seen]
@@ -235,7 +242,7 @@ class Engine:
                         self._cancel(legs[UPSTREAM])
                 case Probe(side):
                     self._tell(session, sockets.probe(side, legs[side].sock))
-                case Discard():
+                case Discard() | Deliver():
                     pass  # the relay's own thread sees it
 
     # Relaying -----------------------------------------------------------------------------------
@@ -246,7 +253,7 @@ class Engine:
         size = min(FIRST_READ, relay.limit)
         while not session.over:
             try:
-                data = recv(size)
+                data = recv(size if relay.line is None else min(size, relay.room))
             except OSError as error:
                 self._tell(session, Lost(source.side, sockets.loss_of(error)))
                 data = b""  # if its loss was known: that it can no longer be read is its end
@@ -254,13 +261,44 @@ class Engine:
                 return
             if not data:
                 relay.ended(clock())
+                if relay.line is None:
+                    self._tell(session, Finished(relay))
+                    return
+            else:
+                now = clock()
+                relay.received(len(data), now)
+                if len(data) == size:
+                    size = min(4 * size, CHUNK, relay.limit)
+                if relay.line is None or relay.discarding:
+                    if not relay.discarding:
+                        self._send(session, relay, sink, data)
+                    continue
+                relay.carry(data, now)
+            self._deliver(session, relay, source, sink)
+            if relay.finished:
                 self._tell(session, Finished(relay))
                 return
-            relay.received(len(data), clock())
-            if not relay.discarding:
-                self._send(session, relay, sink, data)
-            if len(data) == size:
-                size = min(4 * size, CHUNK, relay.limit)
+
+    def _deliver(self, session: Session, relay: Relay, source: _Leg, sink: _Leg) -> None:
+        """Send what comes out of the relay's line, each piece at its time, until there is something to
+        read again. Waiting for a time or for bytes, whichever comes first, is what poll(2) is for.
+        """
+        poll = select.poll()
+        poll.register(source.sock, select.POLLIN)
+        while not session.over:
+            now = self._clock()
+            if piece := relay.deliver(now):
+                self._send(session, relay, sink, piece)
+                continue
+            if relay.finished:
+                return
+            wait = min(relay.due() - now, LOOK_UP)
+            if not relay.wants_read:
+                if relay.ended_at is None:
+                    relay.pause(now)
+                time.sleep(max(wait, 0.0))
+            elif relay.due() == NEVER or poll.poll(wait * 1000):
+                return
 
     def _send(self, session: Session, relay: Relay, sink: _Leg, data: bytes) -> None:
         """Until the sink has taken `data`, or is not to get it any more."""
@@ -306,6 +344,7 @@ class Engine:
                 if self._stopped:
                     return
                 session = self._deadlines.pop(now)
+                later = self._later.pop(now)
                 actions = [*self._service.expire(now)]
                 if session is not None:
                     actions += self._service.expire_session(session, now)
@@ -314,9 +353,11 @@ class Engine:
             self._perform(actions)
             for each in sessions:
                 self._leave(each)
+            if later is not None:
+                later()
 
     def _next_deadline(self) -> float:
-        return min(self._deadlines.next(), self._service.deadline())
+        return min(self._deadlines.next(), self._service.deadline(), self._later.next())
 
     # Threads ------------------------------------------------------------------------------------
 
@@ -448,17 +489,30 @@ class Engine:
                 except OSError:  # ICMP about an earlier reply
                     continue
                 with self._lock:
-                    session = datagrams.received(peer[0], peer[1], len(data), self._clock())
+                    now = self._clock()
+                    session = datagrams.received(peer[0], peer[1], len(data), now)
+                    dues = datagrams.replies(now) if session is not None else ()
                     self._rearmed.notify()
-                if session is None:
-                    continue
-                try:
-                    sock.sendto(data, peer)
-                except OSError:
-                    with self._lock:
-                        datagrams.dropped()
-                else:
-                    session.answered(len(data), self._clock())
+                for due in dues:
+                    assert session is not None
+                    reply = partial(self._reply, sock, datagrams, session, data, peer)
+                    if due > now:
+                        with self._lock:
+                            self._later.call(due, reply)
+                            self._rearmed.notify()
+                    else:
+                        reply()
         with self._lock:
             datagrams.close(self._clock())
         self._drain(acceptor)
+
+    def _reply(
+        self, sock: socket.socket, datagrams: Datagrams, session: DatagramSession, data: bytes, peer: Any
+    ) -> None:
+        try:
+            sock.sendto(data, peer)
+        except OSError:
+            with self._lock:
+                datagrams.dropped()
+        else:
+            session.answered(len(data), self._clock())

@@ -6,6 +6,7 @@ session finds nothing to do and is armed anew. Only an earlier deadline is pushe
 
 import heapq
 import itertools
+from collections.abc import Callable
 
 from services.core.session import Session
 
@@ -50,3 +51,21 @@ class Deadlines:
                 del self._armed[session]
                 return session
         return None
+
+
+class Later:
+    """Calls that are due at a moment of their own. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Callable[[], object]]] = []
+        self._order = itertools.count()
+
+    def call(self, at: float, function: Callable[[], object]) -> None:
+        heapq.heappush(self._heap, (at, next(self._order), function))
+
+    def next(self) -> float:
+        return self._heap[0][0] if self._heap else NEVER
+
+    def pop(self, now: float) -> Callable[[], object] | None:
+        """A call whose time has come; None when there is no further."""
+        return heapq.heappop(self._heap)[2] if self.next() <= now else None

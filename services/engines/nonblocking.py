@@ -7,8 +7,6 @@ interest in writing is registered. Interest is never set by hand: it is derived 
 
 import contextlib
 import errno
-import heapq
-import itertools
 import selectors
 import socket
 import traceback
@@ -19,7 +17,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 from typing import Any
 
 from services import vocabulary
-from services.core.datagrams import Datagrams
+from services.core.datagrams import Datagrams, DatagramSession
 from services.core.record import CLIENT, NO_TCP_INFO, UPSTREAM, Loss, Side
 from services.core.service import Service
 from services.core.session import (
@@ -29,6 +27,7 @@ from services.core.session import (
     Cancel,
     Close,
     Cut,
+    Deliver,
     Dial,
     DialFailed,
     Dialled,
@@ -42,13 +41,14 @@ from services.core.session import (
 )
 from services.engines import sockets
 from services.engines.base import CHUNK, DATAGRAM, MOST_ACCEPTS, MOST_DATAGRAMS, Listening
-from services.engines.deadlines import NEVER, Deadlines
+from services.engines.deadlines import NEVER, Deadlines, Later
 
 
 class _Leg:
     """One socket of a session, and the two relays that meet there (the same one for echo)."""
 
     __slots__ = (
+        "delivers_at",
         "inbound",
         "info",
         "interest",
@@ -71,6 +71,7 @@ class _Leg:
         self.outbound = session.relay_to(side)
         self.opposite = self  # where what is read here goes
         self.waiting = bytearray()  # what the kernel did not take yet
+        self.delivers_at = NEVER  # when a look at the inbound relay's line is due
         self.interest = 0
         self.pump: Callable[[int], None] | None = None
         self.info = NO_TCP_INFO
@@ -85,13 +86,12 @@ class Engine:
         self._clock = clock
         self._selector = selectors.DefaultSelector()
         self._wakeup = sockets.Wakeup()
-        self._posted: deque[Callable[[], object]] = deque()
+        self._posted: deque[Callable[[], Actions | None]] = deque()
         self._legs: dict[Session, dict[Side, _Leg]] = {}
         self._datagrams: dict[Listening, Datagrams] = {}
         self._deadlines = Deadlines()
         self._service_deadline = service.deadline()
-        self._later: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
+        self._later = Later()
 
     def run(self) -> None:
         select, clock = self._selector.select, self._clock
@@ -123,14 +123,14 @@ class Engine:
     def check(self, done: Callable[[], None]) -> None:
         self.post(done)
 
-    def post(self, function: Callable[[], object]) -> None:
+    def post(self, function: Callable[[], Actions | None]) -> None:
         self._posted.append(function)
         self._wakeup.wake()
 
     def _run_posted(self, _events: int) -> None:
         self._wakeup.clear()
         while self._posted:
-            self._posted.popleft()()
+            self._perform(self._posted.popleft()() or (), self._clock())
         self._service_deadline = self._service.deadline()
 
     # Beginning ----------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class Engine:
                 self._selector.register(leg.sock, EVENT_WRITE, partial(self._connect, leg, dial))
             return
         if number == errno.EAGAIN:  # a UNIX listener's backlog is full, and no event tells when it is not
-            self._call_later(sockets.EXHAUSTED_PAUSE, partial(self._connect, leg, dial, 0))
+            self._later.call(self._clock() + sockets.EXHAUSTED_PAUSE, partial(self._connect, leg, dial, 0))
             return
         now = self._clock()
         self._unwatch(leg)
@@ -223,6 +223,8 @@ class Engine:
                     legs[relay.sink].waiting.clear()
                     self._watch(legs[relay.sink], now)
                     self._watch(legs[relay.source], now)
+                case Deliver(relay):
+                    self._deliver(legs[relay.source], now)
             if not session.over:
                 self._deadlines.arm(session)
 
@@ -252,16 +254,25 @@ class Engine:
         if not data:
             relay.ended(now)
             self._watch(leg, now)
-            if relay.finished:
+            if relay.line is not None:
+                self._deliver(leg, now)
+            elif relay.finished:
                 self._tell(leg.session, Finished(relay), now)
             else:
                 self._deadlines.arm(leg.session)
             return
-        size = len(data)
-        relay.received(size, now)
+        relay.received(len(data), now)
         if relay.discarding:
             return
-        sink = leg.opposite
+        if relay.line is None:
+            self._forward(leg, data, now)
+        else:
+            relay.carry(data, now)
+            self._deliver(leg, now)
+
+    def _forward(self, leg: _Leg, data: bytes, now: float) -> None:
+        """Send what came from `leg` on; keep what the kernel does not take."""
+        relay, sink, size = leg.inbound, leg.opposite, len(data)
         if not sink.waiting:
             try:
                 sent = sink.sock.send(data)
@@ -281,6 +292,25 @@ class Engine:
         self._watch(leg, now)
         self._deadlines.arm(leg.session)
 
+    def _deliver(self, leg: _Leg, now: float) -> None:
+        """Send on what comes out of the line of `leg`'s relay; come again when more is due."""
+        relay, sink = leg.inbound, leg.opposite
+        while leg.open and sink.open and not sink.waiting and (piece := relay.deliver(now)):
+            self._forward(leg, piece, now)
+        if leg.session.over:
+            return
+        self._watch(leg, now)
+        self._deadlines.arm(leg.session)
+        if relay.finished:
+            self._tell(leg.session, Finished(relay), now)
+        elif not sink.waiting and (due := relay.due()) < leg.delivers_at:
+            leg.delivers_at = due
+            self._later.call(due, partial(self._deliver_again, leg))
+
+    def _deliver_again(self, leg: _Leg) -> None:
+        leg.delivers_at = NEVER
+        self._deliver(leg, self._clock())
+
     def _flush(self, leg: _Leg, now: float) -> None:
         relay = leg.outbound
         try:
@@ -293,9 +323,12 @@ class Engine:
             return
         del leg.waiting[:sent]
         relay.sent(sent, now)
+        source = self._legs[leg.session][relay.source]
         self._watch(leg, now)
-        self._watch(self._legs[leg.session][relay.source], now)
-        if relay.finished:
+        self._watch(source, now)
+        if relay.line is not None:
+            self._deliver(source, now)
+        elif relay.finished:
             self._tell(leg.session, Finished(relay), now)
 
     def _watch(self, leg: _Leg, now: float) -> None:
@@ -331,12 +364,8 @@ class Engine:
 
     # Time ---------------------------------------------------------------------------------------
 
-    def _call_later(self, delay: float, function: Callable[[], None]) -> None:
-        heapq.heappush(self._later, (self._clock() + delay, next(self._order), function))
-
     def _next_deadline(self) -> float:
-        later = self._later[0][0] if self._later else NEVER
-        return min(self._deadlines.next(), self._service_deadline, later)
+        return min(self._deadlines.next(), self._service_deadline, self._later.next())
 
     def _expire(self, now: float) -> None:
         self._perform(self._service.expire(now), now)
@@ -345,8 +374,8 @@ class Engine:
             self._perform(self._service.expire_session(session, now), now)
             if not session.over:
                 self._deadlines.arm(session)
-        while self._later and self._later[0][0] <= now:
-            heapq.heappop(self._later)[2]()
+        while (function := self._later.pop(now)) is not None:
+            function()
 
     def _fault(self, callback: Any, error: Exception) -> None:
         """`callback` is the partial whose call raised: its first argument says whose fault it is."""
@@ -410,7 +439,7 @@ class Engine:
     def _pause(self, listening: Listening, loss: Loss) -> None:
         """Out of descriptors: open sessions go on, and accepting is tried again a little later."""
         self._ignore(listening)
-        self._call_later(sockets.EXHAUSTED_PAUSE, partial(self._await, listening))
+        self._later.call(self._clock() + sockets.EXHAUSTED_PAUSE, partial(self._await, listening))
         self._service.emit(
             vocabulary.ListenerPaused(
                 listener=listening.policy.name,
@@ -433,10 +462,21 @@ class Engine:
             session = datagrams.received(peer[0], peer[1], len(data), now)
             if session is None:
                 continue
-            try:
-                sock.sendto(data, peer)
-            except OSError:
-                datagrams.dropped()
-            else:
-                session.answered(len(data), now)
+            reply = partial(self._reply, listening, session, data, peer)
+            for due in datagrams.replies(now):
+                if due > now:
+                    self._later.call(due, reply)
+                else:
+                    reply()
         self._service_deadline = self._service.deadline()
+
+    def _reply(self, listening: Listening, session: DatagramSession, data: bytes, peer: Any) -> None:
+        datagrams = self._datagrams.get(listening)
+        if datagrams is None:  # its listener went before it was due
+            return
+        try:
+            listening.socket.sendto(data, peer)
+        except OSError:
+            datagrams.dropped()
+        else:
+            session.answered(len(data), self._clock())

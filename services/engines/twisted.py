@@ -27,7 +27,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from services import vocabulary
-from services.core.datagrams import Datagrams
+from services.core.datagrams import Datagrams, DatagramSession
 from services.core.record import CLIENT, NO_TCP_INFO, UPSTREAM, Loss, Reason, Side
 from services.core.service import Service
 from services.core.session import (
@@ -37,6 +37,7 @@ from services.core.session import (
     Cancel,
     Close,
     Cut,
+    Deliver,
     Dial,
     DialFailed,
     Dialled,
@@ -82,6 +83,9 @@ class _Leg(Protocol):
         self.full = False
         # the transport held nothing when it was told that no more would come
         self.emptied = False
+        # when a look at the inbound relay's line is due, and whether its end has come out
+        self.delivers_at = NEVER
+        self.delivered = False
         self.info = NO_TCP_INFO
 
     def connectionMade(self) -> None:  # noqa: N802  the names here and below are Twisted's
@@ -116,9 +120,11 @@ class _Leg(Protocol):
     def resumeProducing(self) -> None:  # noqa: N802
         self.opposite.full = False
         relay = self.inbound
-        if relay.pending:
-            relay.sent(relay.pending, self.engine._clock())  # noqa: SLF001
-        if relay.ended_at is None:
+        if relay.waiting:
+            relay.sent(relay.waiting, self.engine._clock())  # noqa: SLF001
+        if relay.line is not None:
+            self.engine._deliver(self)  # noqa: SLF001
+        elif relay.ended_at is None:
             self.transport.resumeProducing()
 
     def stopProducing(self) -> None:  # noqa: N802
@@ -206,19 +212,19 @@ class Engine:
         os.close(self._spare)
 
     def stop(self, reason: str) -> None:
-        self.post(partial(self._stop, reason))
+        self._reactor.callFromThread(self._stop, reason)
 
     def listen(self, listening: Listening) -> None:
-        self.post(partial(self._listen, listening))
+        self._reactor.callFromThread(self._listen, listening)
 
     def unlisten(self, listening: Listening) -> None:
-        self.post(partial(self._drain, listening))
+        self._reactor.callFromThread(self._drain, listening)
 
     def check(self, done: Callable[[], None]) -> None:
-        self.post(done)
+        self._reactor.callFromThread(done)
 
-    def post(self, function: Callable[[], object]) -> None:
-        self._reactor.callFromThread(function)
+    def post(self, function: Callable[[], Actions | None]) -> None:
+        self._reactor.callFromThread(lambda: self._perform(function() or ()))
 
     # Beginning ----------------------------------------------------------------------------------
 
@@ -325,6 +331,8 @@ class Engine:
                         self._tell(session, sockets.probe(side, legs[side].transport.getHandle()))
                 case Discard(relay):
                     self._discard(legs[relay.source], legs[relay.sink])
+                case Deliver(relay):
+                    self._deliver(legs[relay.source])
             self._arm(session)
 
     def _tell(self, session: Session, event: Event) -> None:
@@ -341,10 +349,46 @@ class Engine:
         relay.received(size, now)
         if relay.discarding:
             return
+        if relay.line is not None:
+            relay.carry(data, now)
+            self._deliver(leg)
+            return
         sink = leg.opposite
         sink.transport.write(data)
         if not sink.full:
             relay.sent(size, now)
+
+    def _deliver(self, leg: _Leg) -> None:
+        """Write what comes out of the line of `leg`'s relay; come again when more is due."""
+        relay, sink, now = leg.inbound, leg.opposite, self._clock()
+        while sink.open and not sink.full and (piece := relay.deliver(now)):
+            sink.transport.write(piece)
+            if not sink.full:
+                relay.sent(len(piece), now)
+        if leg.session.over or relay.discarding or leg.delivered:
+            return
+        if relay.line is not None and relay.line.over and not sink.full:
+            leg.delivered = True
+            if relay.ended_at is not None and sink.open:
+                self._half_close(sink)
+            else:
+                self._tell(leg.session, Finished(relay))
+        elif not sink.full and (due := relay.due()) < leg.delivers_at:
+            leg.delivers_at = due
+            self._reactor.callLater(max(0.0, due - now), self._deliver_again, leg)
+        if leg.open and relay.ended_at is None:
+            # a transport reads as much as its buffer size at once
+            if relay.room < min(relay.limit, leg.transport.bufferSize) or not relay.wants_read or sink.full:
+                leg.transport.pauseProducing()
+                relay.pause(now)
+            else:
+                leg.transport.resumeProducing()
+        self._arm(leg.session)
+
+    def _deliver_again(self, leg: _Leg) -> None:
+        leg.delivers_at = NEVER
+        if not leg.session.over:
+            self._deliver(leg)
 
     def _ended(self, leg: _Leg) -> None:
         """The end of what `leg` sends was read, or nothing more can be."""
@@ -352,6 +396,8 @@ class Engine:
         relay.ended(self._clock())
         if relay.discarding:
             self._tell(leg.session, Finished(relay))
+        elif relay.line is not None:
+            self._deliver(leg)
         else:
             self._half_close(leg.opposite)
             self._arm(leg.session)
@@ -360,8 +406,8 @@ class Engine:
         """Everything was written to `leg`, and FIN after it."""
         leg.emptied = False
         relay = leg.outbound
-        if relay.pending:
-            relay.sent(relay.pending, self._clock())
+        if relay.waiting:
+            relay.sent(relay.waiting, self._clock())
         self._tell(leg.session, Finished(relay))
 
     def _discard(self, source: _Leg, sink: _Leg) -> None:
@@ -536,10 +582,21 @@ class Engine:
         now = self._clock()
         session = answerer.datagrams.received(host, port, len(datagram), now)
         if session is not None:
-            try:
-                answerer.transport.write(datagram, peer)
-            except OSError:
-                answerer.datagrams.dropped()
-            else:
-                session.answered(len(datagram), now)
+            for due in answerer.datagrams.replies(now):
+                if due > now:
+                    self._reactor.callLater(due - now, self._reply, answerer, session, datagram, peer)
+                else:
+                    self._reply(answerer, session, datagram, peer)
         self._arm_service()
+
+    def _reply(
+        self, answerer: _Answerer, session: DatagramSession, datagram: bytes, peer: tuple[str, int]
+    ) -> None:
+        if answerer.transport is None:  # its port was closed before it was due
+            return
+        try:
+            answerer.transport.write(datagram, peer)
+        except OSError:
+            answerer.datagrams.dropped()
+        else:
+            session.answered(len(datagram), self._clock())

@@ -1,11 +1,13 @@
 """A service on a clock of the test's own, and what it logged."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from services import vocabulary
 from services.core.addresses import Address
+from services.core.faults import AnyFault
 from services.core.record import Side
 from services.core.relay import Relay
 from services.core.service import Gauges, Policy, Service
@@ -56,10 +58,13 @@ class Stage:
 class Play:
     """One session, driven as an engine would drive it; `actions` are those of the last event."""
 
-    def __init__(self, stage: Stage, service: str = "proxy") -> None:
+    def __init__(self, stage: Stage, service: str = "proxy", faults: Sequence[AnyFault] = ()) -> None:
         self.stage = stage
-        policy = Policy("front", service, "tcp", stage.pool if service == "proxy" else None)  # type: ignore[arg-type]
-        self.session, actions = stage.service.accept(policy, CLIENT_ADDRESS, LOCAL_ADDRESS, 0.004, stage.now)
+        pool = stage.pool if service == "proxy" else None
+        self.policy = Policy("front", service, "tcp", pool, faults=tuple(faults))  # type: ignore[arg-type]
+        self.session, actions = stage.service.accept(
+            self.policy, CLIENT_ADDRESS, LOCAL_ADDRESS, 0.004, stage.now
+        )
         self.actions = self._mine(actions)
         self.history = list(self.actions)
 
