@@ -7,19 +7,19 @@ from collections.abc import Callable
 
 import pytest
 from callers import call, call_udp
-from machine import DROP_INS, ECHO, ENGINES, PROXY, Machine, logs, until
+from machine import DROP_INS, ECHO, ENGINES, PROXY, SPLIT, Machine, logs, until
 
 pytest_plugins = ["installed"]
 
 # the least exposed services of Debian 12 with sockets of their own are at 2.0
-EXPOSURE = {"echo": 5, "proxy": 11, "front": 11}  # in tenths, at most
+EXPOSURE = {"echo": 5, "proxy": 11, "front": 11, "split": 11}  # in tenths, at most
 
 
 def units(machine: Machine) -> list[str]:
     """All units, the templates once for each engine."""
     folder = machine.path("/usr/local/lib/systemd/system")
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    assert len(names) == 12
+    assert len(names) == 16
     return [name.replace("@.", f"@{each}.") for name in names for each in (ENGINES if "@." in name else [""])]
 
 
@@ -79,6 +79,26 @@ def test_the_first_client_starts_the_service_udp(machine: Machine, engine: str) 
     assert machine.show(f"triptych-echo@{engine}.service", "ActiveState") == "inactive"
     assert call_udp(ECHO[engine]) == b"hello"
     assert machine.show(f"triptych-echo@{engine}.service", "ActiveState") == "active"
+
+
+def test_the_split_deals_one_port_to_three_engines_and_a_control(machine: Machine) -> None:
+    dealt = 400
+    machine("systemctl", "start", "triptych-split.target", "triptych.target")
+    for _ in range(dealt):
+        assert call(SPLIT) == b"hello"
+    machine("systemctl", "stop", "triptych-split.target")
+    units = [f"triptych-split@{instance}.service" for instance in (*ENGINES, "control")]
+    until(lambda: all(machine.show(unit, "ActiveState") == "inactive" for unit in units), "all stopped")
+    found = logs(machine)
+    shares = {}
+    for instance in (*ENGINES, "control"):
+        lines = [line for line in found[f"split-{instance}"] if line["event"] == "session_closed"]
+        engine = "nonblocking" if instance == "control" else instance
+        assert {(line["engine"], line["instance"]) for line in lines} == {(engine, instance)}
+        shares[instance] = len(lines)
+    assert sum(shares.values()) == dealt
+    # a hundred each, give or take six standard deviations
+    assert all(48 <= share <= 152 for share in shares.values()), shares
 
 
 def test_a_stopped_service_is_not_started_by_a_scrape_of_its_metrics(machine: Machine, engine: str) -> None:
