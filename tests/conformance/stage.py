@@ -24,9 +24,15 @@ SETTINGS = {"log.level": "debug", "limits.buffer": "64KiB", "timeouts.udp_idle":
 
 
 class Stage:
-    """A daemon of `engine` with `settings`, its upstreams and its log."""
+    """A daemon of `engine` with `settings`, its upstreams and its log; its proxies suffer `faults`."""
 
-    def __init__(self, engine: str, settings: Mapping[str, str], prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        engine: str,
+        settings: Mapping[str, str],
+        prefix: Sequence[str] = (),
+        faults: Sequence[Mapping[str, object]] = (),
+    ) -> None:
         self._settings = {**SETTINGS, **settings}
         self._stack = ExitStack()
         # a UNIX socket's path has at most 107 bytes, and pytest's directories are deep
@@ -54,7 +60,13 @@ class Stage:
             )
         ]
         listeners += [
-            {"name": f"proxy-{pool}", "address": str(hosts[pool[:4]]), "service": "proxy", "pool": pool}
+            {
+                "name": f"proxy-{pool}",
+                "address": str(hosts[pool[:4]]),
+                "service": "proxy",
+                "pool": pool,
+                "faults": faults,
+            }
             for pool in pools
         ]
         config = configuration(

@@ -32,25 +32,62 @@ def scripts(draw: st.DrawFn) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+# Every byte is late, in pieces that straddle every buffer, and ends are later still: what a
+# conversation comes to must not change.
+SLOWED = [
+    {"type": kind, "direction": direction, **more}
+    for direction in ("upstream", "downstream")
+    for kind, more in (
+        ("latency", {"delay": "2ms", "jitter": "1ms"}),
+        ("slicer", {"size": "10KiB", "variation": "9KiB"}),
+        ("bandwidth", {"rate": "64MiB"}),
+        ("slow_close", {"delay": "3ms"}),
+    )
+]
+
+
 @pytest.fixture(scope="module")
 def all_stages() -> Iterator[dict[str, Stage]]:
     with ExitStack() as stack:
         yield {engine: stack.enter_context(Stage(engine, {})) for engine in ENGINES}
 
 
-@settings(
+@pytest.fixture(scope="module")
+def slowed_stages() -> Iterator[dict[str, Stage]]:
+    with ExitStack() as stack:
+        yield {engine: stack.enter_context(Stage(engine, {}, faults=SLOWED)) for engine in ENGINES}
+
+
+# two tests and not one with parameters: pytest-twisted wraps a test of hypothesis for its first run only
+few = settings(
     max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+@few
 @given(steps=scripts())
 def test_a_conversation_ends_alike_in_all_engines(
     all_stages: dict[str, Stage], steps: tuple[Step, ...]
 ) -> None:
+    hold(all_stages, steps)
+
+
+@few
+@given(steps=scripts())
+def test_a_conversation_that_is_slowed_on_purpose_ends_alike_in_all_engines(
+    slowed_stages: dict[str, Stage], steps: tuple[Step, ...]
+) -> None:
+    hold(slowed_stages, steps)
+
+
+def hold(stages: dict[str, Stage], steps: tuple[Step, ...]) -> None:
+    """The conversation in each of them; all that is seen and told of it is the same."""
     seen = {}
-    for engine, stage in all_stages.items():
+    for engine, stage in stages.items():
         observation = conversation(stage.subject("proxy"), steps)
         seen[engine] = (observation, stage.endings())
         note(f"{engine}: {seen[engine]}")
