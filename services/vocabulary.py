@@ -117,6 +117,22 @@ class ListenerOpened(Event, frozen=True, kw_only=True):
     inherited: bool
 
 
+class ListenerClosed(Event, frozen=True, kw_only=True):
+    """It accepts nobody any more, while the process goes on: a reload or the control interface said so."""
+
+    NAME = "listener_closed"
+    listener: str
+    address: str
+
+
+class InterfaceOpened(Event, frozen=True, kw_only=True):
+    """Where this process itself answers: Prometheus, or those who control its faults."""
+
+    NAME = "interface_opened"
+    interface: Literal["metrics", "faults"]
+    address: str
+
+
 class ListenerExposed(Event, frozen=True, kw_only=True):
     """The listener can be reached from other hosts: `risk` says what that offers them."""
 
@@ -180,7 +196,13 @@ class SessionOpened(Session, frozen=True, kw_only=True):
 
 
 class SessionProgress(Session, frozen=True, kw_only=True):
-    """A long session so far; the same fields as `session_closed`."""
+    """A long session so far; the same fields as `session_closed`.
+
+    `client_first_us`, `client_end_us` and `upstream_end_us` are from accept to the first byte read
+    from the client, and to the end that was read from either side. `paused_c2s_us` is how long the
+    client was not read because the upstream did not take, `paused_s2c_us` the reverse; of an echo,
+    whose sink is the client, all is the latter.
+    """
 
     NAME = "session_progress"
     upstream: str | None
@@ -191,6 +213,9 @@ class SessionProgress(Session, frozen=True, kw_only=True):
     first_byte_us: Microseconds | None
     duration_us: Microseconds
     max_gap_us: Microseconds
+    client_first_us: Microseconds | None
+    client_end_us: Microseconds | None
+    upstream_end_us: Microseconds | None
     bytes_c2s: Count
     bytes_s2c: Count
     datagrams_c2s: Count | None
@@ -201,6 +226,9 @@ class SessionProgress(Session, frozen=True, kw_only=True):
     would_block: Count
     pauses: Count
     paused_us: Microseconds
+    paused_c2s_us: Microseconds | None
+    paused_s2c_us: Microseconds | None
+    longest_pause_us: Microseconds | None
     peak_buffer: Count
     spliced_bytes: Count
     loop_lag_us: Microseconds
@@ -289,6 +317,8 @@ EVENTS: tuple[type[Event], ...] = (
     ConfigReloaded,
     ConfigRefused,
     ListenerOpened,
+    ListenerClosed,
+    InterfaceOpened,
     ListenerExposed,
     ListenerPaused,
     UpstreamUp,

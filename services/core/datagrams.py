@@ -48,6 +48,9 @@ class DatagramSession:
 
     def counts(self) -> Counts:
         return Counts(
+            client_first_us=0,
+            client_end_us=None,
+            upstream_end_us=None,
             bytes_c2s=self.bytes_in,
             bytes_s2c=self.bytes_out,
             datagrams_c2s=self.datagrams_in,
@@ -58,6 +61,9 @@ class DatagramSession:
             would_block=max(0, self.datagrams_in - self.datagrams_out),
             pauses=0,
             paused_us=0,
+            paused_c2s_us=None,
+            paused_s2c_us=None,
+            longest_pause_us=0,
             peak_buffer=self.peak,
             spliced_bytes=0,
         )

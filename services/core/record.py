@@ -141,8 +141,11 @@ class Record:
 
 
 class Counts(NamedTuple):
-    """What moved, and how the I/O model behaved while it did; the names are the log line's."""
+    """What moved and when, and how the I/O model behaved while it did; the names are the log line's."""
 
+    client_first_us: int | None
+    client_end_us: int | None
+    upstream_end_us: int | None
     bytes_c2s: int
     bytes_s2c: int
     datagrams_c2s: int | None
@@ -153,6 +156,9 @@ class Counts(NamedTuple):
     would_block: int
     pauses: int
     paused_us: int
+    paused_c2s_us: int | None
+    paused_s2c_us: int | None
+    longest_pause_us: int
     peak_buffer: int
     spliced_bytes: int
 

@@ -38,6 +38,7 @@ class Relay:
         "last_in",
         "limit",
         "line",
+        "longest_pause",
         "partial_writes",
         "paused_at",
         "paused_time",
@@ -63,7 +64,7 @@ class Relay:
         self.bytes_in = self.bytes_out = self.spliced = 0
         self.reads = self.writes = self.partial_writes = self.would_block = 0
         self.pauses = self.resumes = self.peak = 0
-        self.paused_time = 0.0
+        self.paused_time = self.longest_pause = 0.0
         self.paused_at: float | None = None
         self.first_in: float | None = None
         self.first_out: float | None = None
@@ -137,7 +138,9 @@ class Relay:
             self.partial_writes += 1
         if self.paused_at is not None:
             self.resumes += 1
-            self.paused_time += now - self.paused_at
+            pause = now - self.paused_at
+            self.paused_time += pause
+            self.longest_pause = max(self.longest_pause, pause)
             self.paused_at = None
 
     def blocked(self) -> None:

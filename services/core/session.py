@@ -61,6 +61,7 @@ from services.core.record import (
     Side,
     State,
     history,
+    microseconds,
     state,
 )
 from services.core.relay import Relay
@@ -348,9 +349,16 @@ class Session:
     def counts(self, now: float) -> Counts:
         """What moved so far. For echo: what came in, and what went back."""
         relays = self.relays
-        paused = sum(relay.paused_time for relay in relays)
-        paused += sum(now - relay.paused_at for relay in relays if relay.paused_at is not None)
+        opened = self.record.opened_at
+        # those that are open now, too
+        lasting = [now - relay.paused_at if relay.paused_at is not None else 0.0 for relay in relays]
+        paused = [int((r.paused_time + pause) * 1e6) for r, pause in zip(relays, lasting, strict=True)]
+        longest = max(max(r.longest_pause, pause) for r, pause in zip(relays, lasting, strict=True))
+        proxied = len(relays) == 2
         return Counts(
+            client_first_us=microseconds(opened, relays[0].first_in),
+            client_end_us=microseconds(opened, relays[0].ended_at),
+            upstream_end_us=microseconds(opened, relays[1].ended_at) if proxied else None,
             bytes_c2s=relays[0].bytes_in,
             bytes_s2c=relays[-1].bytes_out,
             datagrams_c2s=None,
@@ -360,7 +368,10 @@ class Session:
             partial_writes=sum(relay.partial_writes for relay in relays),
             would_block=sum(relay.would_block for relay in relays),
             pauses=sum(relay.pauses for relay in relays),
-            paused_us=int(paused * 1e6),
+            paused_us=sum(paused),
+            paused_c2s_us=paused[0] if proxied else None,
+            paused_s2c_us=paused[-1],
+            longest_pause_us=int(longest * 1e6),
             peak_buffer=max(relay.peak for relay in relays),
             spliced_bytes=sum(relay.spliced for relay in relays),
         )

@@ -404,3 +404,50 @@ def test_a_closed_session_that_left_unread_bytes_of_a_broken_leg_waits_for_them(
     assert play.wait(SETTLE_INTERVAL) == []
     assert play.wait(PROBE_INTERVAL) == [Probe(CLIENT)]
     assert play.tell(Probed(CLIENT, None, 0, 0)) == [], "not before all of it is sent"
+
+
+def test_the_line_tells_who_was_waited_for_and_when_each_side_began_and_ended() -> None:
+    stage = Stage()
+    play = Play(stage)
+    play.connect()
+    up, down = play.session.relays
+    opened = play.session.record.opened_at
+    play.read(CLIENT, 10, after=0.5)
+    first_at = stage.now
+    up.pause(stage.now)
+    stage.now += 2.0
+    up.sent(10, stage.now)
+    play.read(UPSTREAM, 10)
+    down.pause(stage.now)
+    stage.now += 3.0
+    down.sent(10, stage.now)
+    play.end(CLIENT)
+    play.read(UPSTREAM, 10)
+    down.pause(stage.now)
+    stage.now += 1.0
+    counts = play.session.counts(stage.now)
+    assert counts.client_first_us == pytest.approx((first_at - opened) * 1e6, abs=2)
+    assert counts.client_end_us is not None
+    assert counts.upstream_end_us is None
+    assert counts.paused_c2s_us == pytest.approx(2e6, abs=2)
+    assert counts.paused_s2c_us == pytest.approx(4e6, abs=2)
+    assert counts.paused_us == pytest.approx(6e6, abs=2)
+    assert counts.longest_pause_us == pytest.approx(3e6, abs=2)
+    # one that lasts counts too
+    assert play.session.counts(stage.now + 9.0).longest_pause_us == pytest.approx(10e6, abs=2)
+    down.sent(10, stage.now)
+    play.end(UPSTREAM)
+    assert play.line().upstream_end_us is not None
+
+
+def test_an_echo_waits_for_its_client_only() -> None:
+    stage = Stage()
+    play = Play(stage, "echo")
+    [relay] = play.session.relays
+    play.read(CLIENT, 10)
+    relay.pause(stage.now)
+    stage.now += 2.0
+    relay.sent(10, stage.now)
+    counts = play.session.counts(stage.now)
+    assert (counts.paused_c2s_us, counts.upstream_end_us) == (None, None)
+    assert counts.paused_s2c_us == counts.paused_us == counts.longest_pause_us
