@@ -13,6 +13,7 @@ Names are not resolved and no socket is opened here: that is `endpoints.py`.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -21,6 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from services.core.addresses import Address
+from services.core.admission import Limits, Lists, Network
 from services.core.faults import FOR_DATAGRAMS, FOR_STREAMS, AnyFault
 from services.core.session import Timeouts
 from services.vocabulary import Level
@@ -52,12 +54,6 @@ class LogConfig(Struct, frozen=True, kw_only=True):
     stats: float = 60.0
 
 
-class Limits(Struct, frozen=True, kw_only=True):
-    """`buffer`: the bytes that a relay may hold in user space, per direction."""
-
-    buffer: int = 128 * 1024
-
-
 class ListenerConfig(Struct, frozen=True, kw_only=True):
     """`answer_low_ports` lets a UDP echo answer source ports below 1024 (echo loops). `faults` are met
     on purpose by its sessions (`core/faults.py`).
@@ -68,7 +64,13 @@ class ListenerConfig(Struct, frozen=True, kw_only=True):
     service: Literal["echo", "proxy"]
     pool: str | None = None
     answer_low_ports: bool = False
+    allow: tuple[Network, ...] = ()
+    deny: tuple[Network, ...] = ()
     faults: tuple[AnyFault, ...] = ()
+
+    @property
+    def lists(self) -> Lists | None:
+        return Lists(allow=self.allow, deny=self.deny) if self.allow or self.deny else None
 
 
 class UpstreamConfig(Struct, frozen=True, kw_only=True):
@@ -341,7 +343,7 @@ def _value(kind: Any, raw: Any, path: str, faults: list[str]) -> Any:
         return tuple(_value(arguments[0], item, f"{path}[{at}]", faults) for at, item in enumerate(raw))
     if origin is dict and isinstance(raw, dict):
         return {key: _value(arguments[1], item, _join(path, key), faults) for key, item in raw.items()}
-    if isinstance(kind, UnionType) and isinstance(raw, dict):
+    if isinstance(kind, UnionType) and kind != Network and isinstance(raw, dict):
         return _tagged(arguments, raw, path, faults)
     if isinstance(kind, type) and issubclass(kind, Struct) and isinstance(raw, dict):
         return _struct(kind, raw, path, faults)
@@ -354,6 +356,8 @@ def _value(kind: Any, raw: Any, path: str, faults: list[str]) -> Any:
     try:
         if kind is Address and isinstance(raw, str):
             return Address.parse(raw)
+        if kind == Network and isinstance(raw, str):
+            return ip_network(raw)
         if kind is float and isinstance(raw, str) and (found := DURATION.fullmatch(raw)):
             return _within(float(found[1]) * SECONDS[found[2]], SHORTEST, LONGEST, "1ms", "596h")
         if kind is int and isinstance(raw, str) and (found := SIZE.fullmatch(raw)):
@@ -406,13 +410,14 @@ def _expectation(kind: Any) -> str:
     if origin is Literal:
         return _choices(get_args(kind))
     if origin is tuple:
-        return "an array of tables"
+        return "an array of networks" if get_args(kind)[0] == Network else "an array of tables"
     return {
         float: 'a duration such as "60s"',
         int: 'a size such as "64KiB"',
         bool: "true or false",
         str: "text that is not empty",
         Address: 'an address such as "127.0.0.1:7007"',
+        Network: 'a network such as "192.0.2.0/24"',
     }.get(kind, "a table")
 
 

@@ -11,6 +11,7 @@ Prometheus.
 """
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -52,6 +53,8 @@ _STAT = Path("/proc/self/stat")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
+# For the engine's own, a log opened anew, names that are looked up, and clients of Prometheus
+OWN_DESCRIPTORS = 40
 # A scrape waits this long for the engine; Prometheus' own patience is longer.
 PATIENCE = 2.0
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
@@ -133,10 +136,11 @@ class _Daemon:
         self._service = Service(
             instruments=_Instruments(log),
             timeouts=config.timeouts,
-            buffer=config.limits.buffer,
+            limits=config.limits,
             stats=config.log.stats,
             epoch=time.time() - time.monotonic(),
             now=time.monotonic(),
+            descriptors=_spare_descriptors(),
         )
         # all that were ever opened: `run` closes them, and removes what they left, in the end
         self._listeners = listeners
@@ -281,12 +285,12 @@ class _Daemon:
         refaulted: Mapping[Policy, tuple[AnyFault, ...]],
     ) -> Actions:
         """Where the engine's state may be touched."""
-        self._service.reconfigure(config.timeouts, config.limits.buffer, config.log.stats)
+        now = time.monotonic()
+        self._service.reconfigure(config.timeouts, config.limits, config.log.stats, now)
         self._begin_tallies(opened)
         for listening, listener in updates:
             _update(listening.policy, listener, pools)
             sockets.set_options(listening.socket, self._service.dead_peer)
-        now = time.monotonic()
         return [
             action
             for policy, faults in refaulted.items()
@@ -376,6 +380,7 @@ def _update(policy: Policy, listener: Listener | ListenerConfig, pools: Mapping[
     policy.service = listener.service
     policy.pool = pools[listener.pool] if listener.pool else None
     policy.answer_low_ports = listener.answer_low_ports
+    policy.lists = listener.lists
 
 
 def _pools(config: Config) -> dict[str, Pool]:
@@ -390,6 +395,15 @@ def _pools(config: Config) -> dict[str, Pool]:
 def _route(listener: Listener, pool: str, pools: Mapping[str, Pool]) -> Route:
     upstreams = [address for upstream in pools[pool].upstreams for address in upstream.addresses]
     return Route(listener.name, listener.addresses, upstreams)
+
+
+def _spare_descriptors() -> int:
+    """Left for sessions: of all that the kernel allows (RLIMIT_NOFILE), without those that are open
+    already and some for what else a daemon opens.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  names are all it takes
+    return allowed - open_now - min(OWN_DESCRIPTORS, allowed // 8)
 
 
 def _since_process_start() -> int:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from services.config import ListenerConfig
 from services.core.addresses import Address, Transport
+from services.core.admission import Lists
 from services.core.faults import AnyFault
 
 # more than any burst; the kernel cuts it to net.core.somaxconn, which is where a limit belongs
@@ -51,6 +52,7 @@ class Listener:
     transport: Transport
     pool: str | None
     answer_low_ports: bool
+    lists: Lists | None
     faults: tuple[AnyFault, ...]
     sockets: list[socket.socket]
     inherited: bool
@@ -195,6 +197,7 @@ def _listener(
         transport=transport,
         pool=wanted.pool,
         answer_low_ports=wanted.answer_low_ports,
+        lists=wanted.lists,
         faults=wanted.faults,
         sockets=sockets,
         inherited=inherited,

@@ -30,7 +30,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartDaemon]:
             engine: str,
             listeners: Sequence[Mapping[str, object]],
             pools: Mapping[str, Sequence[Address]] | None = None,
-            settings: Mapping[str, str] | None = None,
+            settings: Mapping[str, object] | None = None,
             prefix: Sequence[str] = (),
         ) -> Daemon:
             config = configuration(engine, listeners, pools, settings)

@@ -42,7 +42,7 @@ def configuration(
     engine: str,
     listeners: Sequence[Mapping[str, object]],
     pools: Mapping[str, Sequence[Address]] | None = None,
-    settings: Mapping[str, str] | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> str:
     """A configuration file's text. `settings` are dotted keys, as in {"timeouts.idle": "1s"}."""
 

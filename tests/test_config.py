@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from services.config import (
     Config,
     ConfigError,
-    Limits,
     ListenerConfig,
     LogConfig,
     PoolConfig,
@@ -20,6 +19,7 @@ from services.config import (
     read,
 )
 from services.core.addresses import Address
+from services.core.admission import Limits
 from services.core.faults import Drop, Latency, Reset
 from services.core.session import Timeouts
 
@@ -389,3 +389,23 @@ def test_a_fault_flag_that_cannot_be_met_is_told_as_a_flag(flag: str, told: str)
     with pytest.raises(ConfigError) as caught:
         from_flags(engine="twisted", service="echo", listen=["127.0.0.1:1", "[::1]:1"], faults=[flag])
     assert caught.value.faults == [told]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("allow = ['10.0.0.0']", None),
+        ("allow = ['10.0.0.1/8']", "listener[0].allow[0]: 10.0.0.1/8 has host bits set"),
+        ("deny = ['x']", "listener[0].deny[0]: 'x' does not appear to be an IPv4 or IPv6 network"),
+        ("deny = [5]", 'listener[0].deny[0]: expected a network such as "192.0.2.0/24", not 5'),
+        ("deny = 'x'", 'listener[0].deny: expected an array of networks, not "x"'),
+        ("[limits]\nsessions = 0", "limits.sessions: expected a whole number from 1 on, not 0"),
+        ("[limits]\nsessions = '5'", 'limits.sessions: expected a whole number from 1 on, not "5"'),
+        ("[limits]\nipv4_prefix = 33", "limits.ipv4_prefix: expected a whole number from 1 to 32, not 33"),
+    ],
+)
+def test_a_limit_or_a_list_that_means_nothing_is_told(tmp_path: Path, text: str, told: str | None) -> None:
+    if told is None:
+        assert load(write(tmp_path, ECHO + text)).listeners[0].lists is not None
+    else:
+        assert faults(tmp_path, ECHO + text) == [told]

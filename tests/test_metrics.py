@@ -26,6 +26,7 @@ from scraping import PATIENCE, SCRAPE, answer, ask, connect, series, value
 
 from services import metrics
 from services.core.addresses import Address
+from services.core.admission import Limits
 from services.core.record import CLIENT, Loss, Reason
 from services.core.service import Gauges, Policy, Service, Snapshot
 from services.core.session import Dialled, Lost, Timeouts
@@ -91,7 +92,7 @@ class Instruments:
 def worked_service() -> Service:
     """One that has seen a little of everything."""
     service = Service(
-        instruments=Instruments(), timeouts=Timeouts(), buffer=1024, stats=60.0, epoch=0.0, now=0.0
+        instruments=Instruments(), timeouts=Timeouts(), limits=Limits(), stats=60.0, epoch=0.0, now=0.0
     )
     local = Address.parse("127.0.0.1:7007")
     client = Address.parse("192.0.2.77:40001")
@@ -100,15 +101,20 @@ def worked_service() -> Service:
     proxy = Policy('a "name"\\ with\neverything', "proxy", "tcp", pool)
     for policy in (echo, proxy):
         service.tally(policy.name, policy.service, policy.transport)
-    one, _ = service.accept(echo, client, local, None, 1.0)
+    first = service.accept(echo, client, local, None, 1.0)
+    assert first is not None
+    one, _ = first
     one.handle(Lost(CLIENT, Loss(Reason.RESET, "ECONNRESET")), 1.5)
     service.retire(one, 1.5)
     service.accept(echo, client, local, None, 2.0)
-    two, _ = service.accept(proxy, client, local, None, 3.0)
+    second = service.accept(proxy, client, local, None, 3.0)
+    assert second is not None
+    two, _ = second
     two.handle(Dialled(1), 3.0002)
     two.handle(Lost(CLIENT, Loss(Reason.RESET, "ECONNRESET")), 3.25)
     service.retire(two, 3.25)
-    service.count_refused(echo, 2)
+    for _ in range(2):
+        service.refuse(echo, None, "enough", 0.0)
     service.count_dropped_datagram()
     return service
 

@@ -1,9 +1,7 @@
 """UDP sessions: one client address until it has been silent for a while.
 
 A datagram does not fit a relay: it is answered whole, at once, or dropped and counted. The table of
-one listener is bounded; what it refuses is counted and named in a line, at most one a second, so
-that spoofed sources cannot write our log. UDP proxying, reply rate limits and other admission come
-with the complete proxy.
+one listener is bounded. UDP proxying and reply rate limits come with the complete proxy.
 """
 
 from collections import OrderedDict
@@ -19,8 +17,6 @@ from services.core.service import Policy, Service
 # Clients one listener remembers. A record is under 1 KiB, so a flood of spoofed sources costs 64 MiB
 # at most before it is refused.
 MOST_CLIENTS = 65_536
-# One line in this many seconds says as much about refused datagrams as one each.
-REFUSAL_INTERVAL = 1.0
 
 
 class DatagramSession:
@@ -87,8 +83,6 @@ class Datagrams:
         self._service = service
         # oldest activity first: the head is the next to expire
         self._sessions: OrderedDict[tuple[str, int], DatagramSession] = OrderedDict()
-        self._refused = 0
-        self._refusal_at = float("-inf")
         self._fates = Fates(())
         service.keep(self)
 
@@ -157,34 +151,16 @@ class Datagrams:
             reason = "the source address is not one host's"
         elif len(self._sessions) >= MOST_CLIENTS:
             reason = f"{MOST_CLIENTS} clients are open"
-        if reason is not None:
-            self._refuse(key, reason, now)
-            return None
         client = Address("udp", host, port)
+        if reason is not None:
+            self._service.refuse(self._policy, client, reason, now)
+            return None
+        if not self._service.admit(self._policy, client, now):
+            return None
         record = self._service.open_record(self._policy, client, self._local, None, now)
         record.faults = ",".join(fault.label for fault in self._policy.faults) or None
         session = self._sessions[key] = DatagramSession(record)
         return session
-
-    def _refuse(self, key: tuple[str, int], reason: str, now: float) -> None:
-        self._refused += 1
-        self._service.count_refused(self._policy, 1)
-        if now < self._refusal_at + REFUSAL_INTERVAL:
-            return
-        self._refusal_at = now
-        self._service.emit(
-            vocabulary.SessionRefused(
-                service=self._policy.service,
-                listener=self._policy.name,
-                transport="udp",
-                client_ip=key[0],
-                client_port=key[1],
-                termination="PQ",
-                reason=reason,
-                refused=self._refused,
-            )
-        )
-        self._refused = 0
 
     def _retire(self, now: float) -> None:
         _, session = self._sessions.popitem(last=False)

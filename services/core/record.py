@@ -75,6 +75,7 @@ class Record:
 
     __slots__ = (
         "accept_wait",
+        "admission",
         "client",
         "closed_at",
         "closed_by",
@@ -113,6 +114,8 @@ class Record:
     ) -> None:
         self.id = session_id(wall)
         self.pair: str | None = None
+        # what its client was counted as (`admission.py`)
+        self.admission: object = None
         self.service = service
         self.listener = listener
         self.client = client

@@ -1,8 +1,7 @@
 """The service of one process: admits and retires sessions, owns the pools and the service's timers.
 
 Not thread-safe, like the sessions: an engine with threads serialises every call.
-Admission (limits, rates, lists) will decide in `accept`; health checks and queues will be further
-deadlines of `deadline` and `expire`.
+Health checks and queues will be further deadlines of `deadline` and `expire`.
 """
 
 import bisect
@@ -13,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from services import vocabulary
 from services.core.addresses import Address, Transport
+from services.core.admission import Admission, Limits, Lists
 from services.core.faults import AnyFault
 from services.core.record import NO_TCP_INFO, Counts, Record, TcpInfo, identity, line, microseconds
 from services.core.session import Accepted, Actions, Cut, Session, Timeouts
@@ -24,6 +24,8 @@ from services.core.upstreams import Pool
 LAG_INTERVAL = 0.1
 # A timer this late gets a line of its own: longer than any scheduling hiccup, shorter than a watchdog.
 STALL = 1.0
+# A listener tells of clients that it refuses at once, and of more of them once in this time.
+REFUSAL_INTERVAL = 1.0
 # Lags are kept for the sessions still open; of a steadily falling series only this many.
 LAGS_KEPT = 1024
 
@@ -37,9 +39,19 @@ class Policy:
     transport: Transport
     pool: Pool | None = None
     answer_low_ports: bool = False
+    lists: Lists | None = None
     faults: tuple[AnyFault, ...] = ()
     # how many sessions there were: what a fault's draws depend on
     sessions: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Refusals:
+    """Of one listener since its last line: how many, and the last of them."""
+
+    told_at: float
+    untold: int = 0
+    last: tuple[Address | None, str] = (None, "")
 
 
 class Gauges(NamedTuple):
@@ -82,9 +94,15 @@ class Ledger(Protocol):
     def expire(self, now: float) -> None: ...
 
 
+def _descriptors(policy: Policy) -> int:
+    """Of a session: one for each leg."""
+    return 2 if policy.service == "proxy" else 1
+
+
 class Service:
     """Args:
-    timeouts, buffer: what every session gets; `buffer` is bytes a relay may hold.
+    timeouts, limits: what every session gets, and how many there may be.
+    descriptors: for the sessions of this process, which open no more than so many.
     stats: seconds between two `engine_stats` lines.
     epoch: the wall clock minus the engine's monotonic clock, in seconds.
 
@@ -95,13 +113,18 @@ class Service:
         *,
         instruments: Instruments,
         timeouts: Timeouts,
-        buffer: int,
+        limits: Limits,
         stats: float,
         epoch: float,
         now: float,
+        descriptors: float = float("inf"),
     ) -> None:
         self.timeouts = timeouts
-        self.buffer = buffer
+        # left for sessions
+        self._descriptors = descriptors
+        self.buffer = limits.buffer
+        self.admission = Admission(limits, now)
+        self._refusals: dict[Policy, _Refusals] = {}
         self.sessions: set[Session] = set()
         self.emit = instruments.emit
         self._instruments = instruments
@@ -123,19 +146,71 @@ class Service:
 
     def accept(
         self, policy: Policy, client: Address | None, local: Address, accept_wait: float | None, now: float
-    ) -> tuple[Session, Actions]:
-        """A client was accepted: its session, and what to do first.
+    ) -> tuple[Session, Actions] | None:
+        """A client was accepted: its session, and what to do first. None where it is refused: it is
+        to be reset.
 
         Args:
             client: None for a UNIX socket's nameless peer.
             accept_wait: seconds in the backlog; None where the transport does not tell.
 
         """
+        if not self.admit(policy, client, now):
+            return None
         record = self.open_record(policy, client, local, accept_wait, now)
         policy.sessions += 1
+        self._descriptors -= _descriptors(policy)
         session = Session(record, self.timeouts, self.buffer, policy.pool, policy.sessions, policy.faults)
         self.sessions.add(session)
         return session, session.handle(Accepted(), now)
+
+    def has_room(self, policy: Policy) -> bool:
+        """Are there descriptors for one more session? If not, its clients wait in the backlog (rule 10)."""
+        return self._descriptors >= _descriptors(policy)
+
+    def admit(self, policy: Policy, client: Address | None, now: float) -> bool:
+        """May this client become a session? If not, that is counted and told."""
+        host = client.host if client else None
+        reason = self.admission.refuse(host, policy.lists, self.open_sessions, now)
+        if reason is not None:
+            self.refuse(policy, client, reason, now)
+        return reason is None
+
+    def refuse(self, policy: Policy, client: Address | None, reason: str, now: float) -> None:
+        """Count a refusal; a flood of them must not write our log."""
+        self._refused += 1
+        self.tally(policy.name, policy.service, policy.transport).refused += 1
+        refusals = self._refusals.get(policy)
+        if refusals is None:
+            refusals = self._refusals[policy] = _Refusals(float("-inf"))
+        refusals.untold += 1
+        refusals.last = client, reason
+        if now >= refusals.told_at + REFUSAL_INTERVAL:
+            self._tell_refusals(policy, refusals, now)
+
+    def _tell_refusals(self, policy: Policy, refusals: _Refusals, now: float) -> None:
+        client, reason = refusals.last
+        self.emit(
+            vocabulary.SessionRefused(
+                service=policy.service,
+                listener=policy.name,
+                transport=policy.transport,
+                client_ip=client.host if client else None,
+                client_port=client.port if client else None,
+                termination="PQ",
+                reason=reason,
+                refused=refusals.untold,
+            )
+        )
+        refusals.told_at, refusals.untold = now, 0
+
+    def _expire_refusals(self, now: float) -> None:
+        for policy, refusals in list(self._refusals.items()):
+            if now >= refusals.told_at + REFUSAL_INTERVAL:
+                if refusals.untold:
+                    self._tell_refusals(policy, refusals, now)
+                else:
+                    del self._refusals[policy]
 
     def open_record(
         self, policy: Policy, client: Address | None, local: Address, accept_wait: float | None, now: float
@@ -150,6 +225,7 @@ class Service:
             local=local,
             accept_wait=accept_wait,
         )
+        record.admission = self.admission.enter(client.host if client else None)
         self._accepted += 1
         self.tally(policy.name, policy.service, local.transport).accepted += 1
         if self._lag_at == float("inf"):
@@ -182,10 +258,12 @@ class Service:
             )
         )
         self.sessions.discard(session)
+        self._descriptors += len(session.relays)
         self.count_closed(session.record, counts, now)
 
     def count_closed(self, record: Record, counts: Counts, now: float) -> None:
         self._closed += 1
+        self.admission.leave(record.admission)
         tally = self.tally(record.listener, record.service, record.local.transport)
         termination = record.termination
         assert termination is not None, "a session that is closed has ended in some way"
@@ -198,10 +276,6 @@ class Service:
         self._bytes_s2c += counts.bytes_s2c
         self._datagrams_c2s += counts.datagrams_c2s or 0
         self._datagrams_s2c += counts.datagrams_s2c or 0
-
-    def count_refused(self, policy: Policy, n: int) -> None:
-        self._refused += n
-        self.tally(policy.name, policy.service, policy.transport).refused += n
 
     def tally(self, listener: str, service: Literal["echo", "proxy"], transport: str) -> Tally:
         """The listener's sums. Asked for when it is opened, so that they are told from zero on."""
@@ -261,12 +335,13 @@ class Service:
             )
         )
 
-    def reconfigure(self, timeouts: Timeouts, buffer: int, stats: float) -> None:
+    def reconfigure(self, timeouts: Timeouts, limits: Limits, stats: float, now: float) -> None:
         """From the next session on. What is open keeps what it was admitted with; but the drain, and
         UDP sessions, which have no end of their own, go by the new times.
         """
         self.timeouts = timeouts
-        self.buffer = buffer
+        self.buffer = limits.buffer
+        self.admission.change(limits, now)
         self._stats_at += stats - self._stats
         self._stats = stats
 
@@ -306,7 +381,10 @@ class Service:
         return len(self.sessions) + sum(map(len, self._ledgers))
 
     def stopped(self, now: float) -> int:
-        """The last line. Returns how many sessions the drain deadline cut."""
+        """The last line, after those that refusals still wait for. Returns how many sessions the drain
+        deadline cut.
+        """
+        self._expire_refusals(float("inf"))
         self.emit(vocabulary.ServiceStopped(**self._totals(now), cut=self._cut))
         return self._cut
 
@@ -315,6 +393,8 @@ class Service:
     def deadline(self) -> float:
         """When `expire` wants to be called."""
         own = min(self._stats_at, self._lag_at, self._drain_at)
+        for refusals in self._refusals.values():
+            own = min(own, refusals.told_at + REFUSAL_INTERVAL)
         return min(own, *(ledger.deadline() for ledger in self._ledgers)) if self._ledgers else own
 
     def expire(self, now: float) -> Actions:
@@ -323,6 +403,7 @@ class Service:
             self._measure_lag(now - self._lag_at, now)
         for ledger in self._ledgers:
             ledger.expire(now)
+        self._expire_refusals(now)
         if now >= self._stats_at:
             self._stats_at = now + self._stats
             self.emit(vocabulary.EngineStats(**self._totals(now)))

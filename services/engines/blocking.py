@@ -176,6 +176,9 @@ class Engine:
     def _accept_waiting(self, listening: Listening) -> None:
         """All that wait: this thread has nothing else to do, and the open sessions have their own."""
         while True:
+            if not self._service.has_room(listening.policy):
+                self._pause(listening, sockets.NO_DESCRIPTORS)
+                return
             try:
                 sock, peer = listening.socket.accept()
             except BlockingIOError:
@@ -187,13 +190,18 @@ class Engine:
                 return
             client, local = sockets.client_address(peer), sockets.local_address(listening.address, sock)
             waited = sockets.accept_wait(sock)
-            leg = _Leg(CLIENT, sock)
             with self._lock:
                 now = self._clock()
-                session, actions = self._service.accept(listening.policy, client, local, waited, now)
-                conversation = self._conversations[session] = _Conversation(leg)
-                conversation.threads += 1
-                self._arm(session)
+                admitted = self._service.accept(listening.policy, client, local, waited, now)
+                if admitted is not None:
+                    session, actions = admitted
+                    conversation = self._conversations[session] = _Conversation(_Leg(CLIENT, sock))
+                    conversation.threads += 1
+                    self._arm(session)
+                self._rearmed.notify()
+            if admitted is None:
+                sockets.refuse(sock)
+                continue
             self._perform(actions)
             self._leave(session)
 

@@ -65,6 +65,8 @@ CLIENT_GONE = frozenset(
 )
 # HAProxy waits as long before it accepts again
 EXHAUSTED_PAUSE = 0.1
+# what the kernel would say if the listener did not pause before
+NO_DESCRIPTORS = Loss(Reason.EXHAUSTED, "EMFILE")
 
 
 def loss_of(error: BaseException) -> Loss:
@@ -170,6 +172,12 @@ def _queued(sock: socket.socket, request: int) -> int:
 def reset_on_close(sock: socket.socket) -> None:
     """Make close(2) send RST and drop what was not sent (socket(7): linger 0)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def refuse(sock: socket.socket) -> None:
+    """Reset a client that never becomes a session."""
+    reset_on_close(sock)
+    sock.close()
 
 
 class Wakeup:

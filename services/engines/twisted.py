@@ -231,6 +231,9 @@ class Engine:
     def _accept(self, listening: Listening, most: float = MOST_ACCEPTS) -> None:
         accepted = 0
         while accepted < most:
+            if not self._service.has_room(listening.policy):
+                self._pause(listening, sockets.NO_DESCRIPTORS)
+                return
             try:
                 sock, peer = listening.socket.accept()
             except BlockingIOError:
@@ -243,13 +246,17 @@ class Engine:
             accepted += 1
             sock.setblocking(False)
             now = self._clock()
-            session, actions = self._service.accept(
+            admitted = self._service.accept(
                 listening.policy,
                 sockets.client_address(peer),
                 sockets.local_address(listening.address, sock),
                 sockets.accept_wait(sock),
                 now,
             )
+            if admitted is None:
+                sockets.refuse(sock)
+                continue
+            session, actions = admitted
             leg = _Leg(self, session, CLIENT)
             self._legs[session] = {CLIENT: leg}
             if self._adopt(sock, leg):

@@ -7,6 +7,7 @@ import msgspec
 
 from services import vocabulary
 from services.core.addresses import Address
+from services.core.admission import Limits
 from services.core.faults import AnyFault
 from services.core.record import Side
 from services.core.relay import Relay
@@ -28,7 +29,14 @@ class Stage:
     """`now` moves only when the test says so; `events` are what was logged."""
 
     def __init__(
-        self, *, buffer: int = 100, upstreams: int = 1, stats: float = 60.0, **timeouts: float
+        self,
+        *,
+        buffer: int = 100,
+        limits: Limits | None = None,
+        upstreams: int = 1,
+        stats: float = 60.0,
+        descriptors: float = float("inf"),
+        **timeouts: float,
     ) -> None:
         self.now = 1000.0
         self.events: list[vocabulary.Event] = []
@@ -36,10 +44,11 @@ class Stage:
         self.service = Service(
             instruments=self,
             timeouts=Timeouts(**timeouts),
-            buffer=buffer,
+            limits=limits or Limits(buffer=buffer),
             stats=stats,
             epoch=1_700_000_000.0,
             now=self.now,
+            descriptors=descriptors,
         )
 
     def emit(self, event: vocabulary.Event, /) -> None:
@@ -62,9 +71,9 @@ class Play:
         self.stage = stage
         pool = stage.pool if service == "proxy" else None
         self.policy = Policy("front", service, "tcp", pool, faults=tuple(faults))  # type: ignore[arg-type]
-        self.session, actions = stage.service.accept(
-            self.policy, CLIENT_ADDRESS, LOCAL_ADDRESS, 0.004, stage.now
-        )
+        admitted = stage.service.accept(self.policy, CLIENT_ADDRESS, LOCAL_ADDRESS, 0.004, stage.now)
+        assert admitted is not None
+        self.session, actions = admitted
         self.actions = self._mine(actions)
         self.history = list(self.actions)
 

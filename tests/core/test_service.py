@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rehearsal import Play, Stage
 
+from services.core.admission import Limits
 from services.core.record import CLIENT, UPSTREAM, session_id
 from services.core.service import LAG_INTERVAL, STALL
 from services.core.session import Abort, Close, Timeouts
@@ -171,7 +172,7 @@ def test_session_ids_sort_by_time(moments: list[float]) -> None:
 def test_a_reload_holds_for_new_sessions_and_for_the_next_statistics() -> None:
     stage = Stage(idle=10.0)
     old = proxied(stage)
-    stage.service.reconfigure(Timeouts(idle=2.0), buffer=7, stats=5.0)
+    stage.service.reconfigure(Timeouts(idle=2.0), Limits(buffer=7), 5.0, stage.now)
     assert stage.service.deadline() <= stage.now + 5.0
     new = proxied(stage)
     assert (old.relay(CLIENT).limit, new.relay(CLIENT).limit) == (100, 7)

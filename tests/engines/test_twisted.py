@@ -15,6 +15,7 @@ from twisted.internet.task import deferLater
 
 from services import vocabulary
 from services.core.addresses import Address
+from services.core.admission import Limits
 from services.core.service import Gauges, Policy, Service
 from services.core.session import Timeouts
 from services.engines import twisted
@@ -47,7 +48,7 @@ class Rig:
         self.service = Service(
             instruments=self.instruments,
             timeouts=Timeouts(drain=60.0),
-            buffer=128 * 1024,
+            limits=Limits(),
             stats=1000.0,
             epoch=0.0,
             now=time.monotonic(),
