@@ -25,6 +25,7 @@ from services.core.addresses import Address
 from services.core.admission import Limits, Lists, Network
 from services.core.faults import FOR_DATAGRAMS, FOR_STREAMS, AnyFault
 from services.core.session import Timeouts
+from services.core.upstreams import Choice, Number
 from services.vocabulary import Level
 
 EngineName = Literal["blocking", "nonblocking", "twisted"]
@@ -74,10 +75,15 @@ class ListenerConfig(Struct, frozen=True, kw_only=True):
 
 
 class UpstreamConfig(Struct, frozen=True, kw_only=True):
+    """`sessions` is how many it may have at one time."""
+
     address: Address
+    weight: Number = 1
+    backup: bool = False
+    sessions: Number | None = None
 
 
-class PoolConfig(Struct, frozen=True, kw_only=True):
+class PoolConfig(Choice, frozen=True, kw_only=True):
     upstreams: tuple[UpstreamConfig, ...]
 
 

@@ -44,6 +44,7 @@ from services.endpoints import (
 )
 from services.engines import sockets
 from services.engines.base import Engine, Listening, load
+from services.health import Checker
 from services.logs import Log
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class _Daemon:
         # all that were ever opened: `run` closes them, and removes what they left, in the end
         self._listeners = listeners
         self._listening: dict[tuple[str, Address], list[Listening]] = {}
+        self._pools: Mapping[str, Pool] = {}
         self._reloading = threading.Lock()
         self._reloads = {"accepted": 0, "refused": 0}
 
@@ -177,6 +179,7 @@ class _Daemon:
         return added
 
     def serve(self, pools: Mapping[str, Pool], metrics: Sequence[socket.socket]) -> None:
+        self._adopt(pools)
         listening = [each for listener in self._listeners for each in self._add(listener, pools)]
         self._engine: Engine = load(self._config.engine)(listening, self._service, time.monotonic)
         self._begin_tallies(self._listeners)
@@ -184,6 +187,7 @@ class _Daemon:
         if self._config.engine != "blocking" and not hasattr(select, "epoll"):
             self._log.emit(vocabulary.EngineDegraded(lacking="epoll", instead="poll"))
         threading.Thread(target=self._await_signals, name="signals", daemon=True).start()
+        self._checker = Checker(pools.values(), self._found)
         self._log.emit(vocabulary.ServiceReady(addresses=self._addresses(), start_us=_since_process_start()))
         systemd.notify("READY=1", self._status())
         if systemd.listens():
@@ -194,6 +198,20 @@ class _Daemon:
             if self._config.metrics and self._config.metrics.address.transport == "unix":
                 Path(self._config.metrics.address.host).unlink(missing_ok=True)
         self._service.stopped(time.monotonic())
+
+    # Upstreams ----------------------------------------------------------------------------------
+
+    def _adopt(self, pools: Mapping[str, Pool]) -> None:
+        """These from now on. What is known of an upstream of one that was there before stays known."""
+        for name, pool in pools.items():
+            pool.emit = self._log.emit
+            if name in self._pools:
+                pool.succeed(self._pools[name])
+        self._pools = pools
+
+    def _found(self, pool: Pool, upstream: str, error: str | None) -> None:
+        """By a health check, in its thread."""
+        self._engine.post(lambda: pool.checked(upstream, error))
 
     # Signals ------------------------------------------------------------------------------------
 
@@ -267,7 +285,9 @@ class _Daemon:
             for each in self._listening[key]
             if wanted[key].faults != before.get(key)
         }
+        self._checker.stop()
         self._engine.post(lambda: self._apply(config, pools, updates, opened, refaulted))
+        self._checker = Checker(pools.values(), self._found)
         for key in removed:
             for each in self._listening.pop(key):
                 self._engine.unlisten(each)
@@ -285,6 +305,7 @@ class _Daemon:
         refaulted: Mapping[Policy, tuple[AnyFault, ...]],
     ) -> Actions:
         """Where the engine's state may be touched."""
+        self._adopt(pools)
         now = time.monotonic()
         self._service.reconfigure(config.timeouts, config.limits, config.log.stats, now)
         self._begin_tallies(opened)
@@ -386,7 +407,18 @@ def _update(policy: Policy, listener: Listener | ListenerConfig, pools: Mapping[
 def _pools(config: Config) -> dict[str, Pool]:
     return {
         name: Pool(
-            name, [Upstream(str(each.address), tuple(resolve(each.address))) for each in pool.upstreams]
+            name,
+            [
+                Upstream(
+                    str(each.address),
+                    tuple(resolve(each.address)),
+                    weight=each.weight,
+                    backup=each.backup,
+                    limit=each.sessions,
+                )
+                for each in pool.upstreams
+            ],
+            pool,
         )
         for name, pool in config.pools.items()
     }

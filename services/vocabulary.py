@@ -209,6 +209,7 @@ class SessionProgress(Session, frozen=True, kw_only=True):
     upstream_ip: str | None
     upstream_port: Count | None
     accept_wait_us: Microseconds | None
+    queue_us: Microseconds | None
     connect_us: Microseconds | None
     first_byte_us: Microseconds | None
     duration_us: Microseconds

@@ -54,7 +54,7 @@ def configuration(
         # what JSON writes for text, numbers and booleans, TOML reads as the same
         return json.dumps(of)
 
-    lines = [f"{key} = {json.dumps(value)}" for key, value in {"engine": engine, **(settings or {})}.items()]
+    lines = [f"{key} = {value(setting)}" for key, setting in {"engine": engine, **(settings or {})}.items()]
     lines.append(f"listener = {value(listeners)}")
     for name, upstreams in (pools or {}).items():
         lines.append(f"pool.{name}.upstreams = {value([{'address': str(each)} for each in upstreams])}")

@@ -12,8 +12,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.config import NOT_KEYS, Config, FaultsConfig, ListenerConfig, UpstreamConfig, load
+from services.config import (
+    NOT_KEYS,
+    Config,
+    FaultsConfig,
+    ListenerConfig,
+    PoolConfig,
+    UpstreamConfig,
+    load,
+)
 from services.core.faults import FOR_DATAGRAMS, FOR_STREAMS, Fault
+from services.core.upstreams import Check, Ejection, Queue
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "deploy/triptych.toml"
@@ -91,6 +100,11 @@ def test_the_example_configuration_has_every_key() -> None:
     assert written["faults"].keys() == keys(FaultsConfig)
     upstreams = [upstream for pool in written["pool"].values() for upstream in pool["upstreams"]]
     assert {key for upstream in upstreams for key in upstream} == keys(UpstreamConfig)
+    [backend] = written["pool"].values()
+    assert backend.keys() == keys(PoolConfig)
+    assert backend["queue"].keys() == keys(Queue)
+    assert backend["eject"].keys() == keys(Ejection)
+    assert backend["health"].keys() == keys(Check)
 
 
 def keys(kind: type[msgspec.Struct]) -> set[str]:

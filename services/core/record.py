@@ -94,6 +94,8 @@ class Record:
         "our_reset_at",
         "pair",
         "peer_reset_at",
+        "queued",
+        "queued_at",
         "service",
         "termination",
         "unread",
@@ -124,6 +126,9 @@ class Record:
         self.upstream: str | None = None
         self.upstream_address: Address | None = None
         self.opened_at = now
+        # seconds in a pool's queue, and since when again
+        self.queued = 0.0
+        self.queued_at: float | None = None
         self.dialled_at: float | None = None
         self.connected_at: float | None = None
         self.first_byte_at: float | None = None
@@ -238,6 +243,7 @@ def line(
         upstream_ip=upstream.host if upstream else None,
         upstream_port=upstream.port if upstream and upstream.transport != "unix" else None,
         accept_wait_us=microseconds(0.0, record.accept_wait),
+        queue_us=int(record.queued * 1e6) if record.service == "proxy" else None,
         connect_us=microseconds(record.dialled_at, record.connected_at),
         first_byte_us=microseconds(record.opened_at, record.first_byte_at),
         duration_us=max(0, int((now - record.opened_at) * 1e6)),

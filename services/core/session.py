@@ -31,6 +31,8 @@ The rules, by their numbers in the behaviour table:
   asks for a probe (6, 9).
 * A dial that fails is tried again, on the next address or upstream, within one budget (11). With no
   dial left, the client is told as a kernel would: reset if it sent data, else FIN.
+* A session that finds every upstream full waits in its pool's queue. The end of another releases it:
+  so `handle` and `expire` return what to do for that one as well.
 
 A leg's loss is remembered: it is delivered once, whatever its socket says later. After the session
 is over every event is ignored, so an engine need not cancel what is already on its way.
@@ -72,8 +74,6 @@ from services.core.upstreams import Pool, Upstream
 PROBE_INTERVAL = 1.0
 # Waiting for the other leg's last acknowledgements before resetting it: a few round trips.
 SETTLE_INTERVAL = 0.02
-# A dial that failed is tried on this many further upstreams (HAProxy: 3; here, until pools have health, 1)
-RETRIES = 1
 
 
 class Timeouts(Struct, frozen=True, kw_only=True):
@@ -257,7 +257,7 @@ class Session:
         "_attempt",
         "_broken",
         "_candidates",
-        "_dial_deadline",
+        "_connect_ends",
         "_dial_loss",
         "_endings",
         "_fault_at",
@@ -271,6 +271,8 @@ class Session:
         "_retries",
         "_timeouts",
         "_tried",
+        "_upstream",
+        "_waits_until",
         "phase",
         "record",
         "relays",
@@ -295,10 +297,13 @@ class Session:
         self._timeouts = timeouts
         self._pool = pool
         self._attempt = 0
-        self._retries = RETRIES
+        self._retries = pool.choice.retries if pool else 0
         self._candidates: list[Address] = []
         self._tried: list[Upstream] = []
-        self._dial_deadline = 0.0
+        # the one that this session counts for
+        self._upstream: Upstream | None = None
+        # of all dials together, and of this dial or the queue
+        self._connect_ends = self._waits_until = 0.0
         self._dial_loss: Loss | None = None
         self._gave_up = False
         self._lost: list[Side] = []
@@ -330,7 +335,7 @@ class Session:
             case Lost(leg, loss):
                 return self._lose(leg, loss, now)
             case Accepted():
-                return self._begin(now) if self._pool is None else self._choose(self._pool, now)
+                return self._begin(now) if self._pool is None else self._choose(now)
             case Dialled(attempt):
                 return self._dialled(now) if self.awaits(attempt) else ()
             case DialFailed(attempt, loss):
@@ -386,41 +391,86 @@ class Session:
 
     # Connecting ---------------------------------------------------------------------------------
 
-    def _choose(self, pool: Pool, now: float) -> Actions:
-        """The next upstream that was not tried yet, and the dial of its first address."""
-        upstream = pool.choose(self._tried)
-        if upstream is None:
+    def _choose(self, now: float) -> Actions:
+        """An upstream that was not tried yet, and the dial of its first address; or a place in the queue."""
+        assert self._pool is not None
+        upstream = self._chosen(now)
+        if upstream is not None:
+            return self._turn_to(upstream, now)
+        if not self._pool.is_full(self._tried, now):
             return self._give_up()
+        self.phase = Phase.CHOOSING
+        self.record.queued_at = now
+        self._waits_until = now + self._pool.choice.queue.timeout
+        self._pool.wait(self)
+        return ()
+
+    def _chosen(self, now: float) -> Upstream | None:
+        assert self._pool is not None
+        client = self.record.client
+        return self._pool.choose(client.host if client else None, self._tried, now)
+
+    def _turn_to(self, upstream: Upstream, now: float) -> Actions:
+        record = self.record
+        if record.queued_at is not None:
+            record.queued += now - record.queued_at
+            record.queued_at = None
+            self._connect_ends = 0.0
+        self._upstream = upstream
         self._tried.append(upstream)
         self._candidates = list(upstream.addresses)
-        self.record.upstream = upstream.name
-        if self.record.dialled_at is None:
-            self.record.dialled_at = now
+        record.upstream = upstream.name
+        if record.dialled_at is None:
+            record.dialled_at = now
+        self._connect_ends = self._connect_ends or now + self._timeouts.connect
         return self._dial(now)
+
+    def resume(self, now: float) -> Actions:
+        """The pool has taken this session from its queue: there is room."""
+        return () if self.phase is Phase.OVER else self._choose(now)
+
+    def _look_again(self, now: float) -> Actions:
+        """While waiting: an upstream may have come up without any session's end."""
+        assert self._pool is not None
+        upstream = self._chosen(now)
+        if upstream is None:
+            return ()
+        self._pool.leave(self)
+        return self._turn_to(upstream, now)
+
+    def _let_go(self, now: float) -> Actions:
+        """The upstream is rid of this session, and the next in the queue may have it."""
+        upstream, self._upstream = self._upstream, None
+        if upstream is None or self._pool is None:
+            return ()
+        waiting = self._pool.release(upstream)
+        return waiting.resume(now) if waiting else ()
 
     def _dial(self, now: float) -> Actions:
         self.phase = Phase.CONNECTING
         self._attempt += 1
         self.record.upstream_address = address = self._candidates.pop(0)
         # what is left of the budget is shared with the dials that may still follow
-        assert self.record.dialled_at is not None
-        left = self.record.dialled_at + self._timeouts.connect - now
-        self._dial_deadline = now + left / (1 + len(self._candidates) + self._further_upstreams())
+        left = self._connect_ends - now
+        self._waits_until = now + left / (1 + len(self._candidates) + self._further_upstreams())
         return self._do(Dial(self._attempt, address))
 
     def _further_upstreams(self) -> int:
         assert self._pool is not None
-        return min(self._retries, len(self._pool.upstreams) - len(self._tried))
+        return min(self._retries, self._pool.further(self._tried))
 
     def _dial_failed(self, loss: Loss, now: float) -> Actions:
         assert self._pool is not None
+        assert self._upstream is not None
         self._dial_loss = loss
         if self._candidates:
             return self._dial(now)
+        self._pool.failed(self._upstream, loss.error, now)
+        others = self._let_go(now)
         if self._further_upstreams() > 0:
             self._retries -= 1
-            return self._choose(self._pool, now)
-        return self._give_up()
+            return [*self._choose(now), *others]
+        return [*self._give_up(), *others]
 
     def _give_up(self) -> Actions:
         """No dial is left. How to tell the client depends on whether it has sent anything."""
@@ -428,6 +478,9 @@ class Session:
         return self._do(Probe(CLIENT))
 
     def _dialled(self, now: float) -> Actions:
+        assert self._pool is not None
+        assert self._upstream is not None
+        self._pool.answered(self._upstream)
         self.record.connected_at = now
         return self._begin(now)
 
@@ -560,6 +613,9 @@ class Session:
         record = self.record
         legs = [CLIENT, UPSTREAM] if self.phase is Phase.RELAYING and len(self.relays) == 2 else [CLIENT]
         actions: list[Action] = [Cancel(self._attempt)] if self.phase is Phase.CONNECTING else []
+        if record.queued_at is not None and self._pool is not None:
+            self._pool.leave(self)
+            record.queued += now - record.queued_at
         self.phase = Phase.OVER
         record.termination = termination
         record.closed_by = "service" if by is None else _NAME[by]
@@ -569,7 +625,7 @@ class Session:
         if orderly and termination[0] == "K" and record.our_end_at is None:
             record.our_end_at = now
         actions.extend(Close(leg) if orderly else Abort(leg) for leg in legs)
-        return self._do(*actions)
+        return [*self._do(*actions), *self._let_go(now)]
 
     def _letter(self) -> str:
         """HAProxy's second letter for the phase the session is in."""
@@ -602,12 +658,15 @@ class Session:
         legs = self._unread_legs()
         if legs and now >= self._probed_at + self._probe_interval():
             self._probed_at = now
-            return self._do(*(Probe(leg) for leg in legs)), progress
+            probes = self._do(*(Probe(leg) for leg in legs))
+            if self.phase is Phase.CHOOSING and not self._gave_up:
+                return [*self._look_again(now), *probes], progress
+            return probes, progress
         return (), progress
 
     def _patience_ends(self) -> float:
         if self.phase is not Phase.RELAYING:
-            return float("inf") if self._gave_up else self._dial_deadline
+            return float("inf") if self._gave_up else self._waits_until
         timeouts = self._timeouts
         moved = self.record.moved_at
         ends = [relay.ended_at for relay in self.relays if relay.ended_at is not None]
@@ -616,6 +675,10 @@ class Session:
         return moved + timeouts.idle
 
     def _out_of_patience(self, now: float) -> Actions:
+        if self.phase is Phase.CHOOSING:
+            assert self._pool is not None
+            self._pool.leave(self)
+            return self._give_up()
         if self.phase is not Phase.RELAYING:
             late = self._attempt
             failed = self._dial_failed(Loss(Reason.TIMED_OUT, "ETIMEDOUT"), now)

@@ -384,6 +384,7 @@ class Engine:
         sessions = {session for session, _ in actions}
         for session in sessions:
             self._conversations[session].threads += 1
+            self._arm(session)
         return sessions
 
     def _spawn(self, session: Session, work: Callable[..., None], *arguments: object) -> None:

@@ -165,6 +165,7 @@ class Engine:
                 continue
             session, actions = admitted
             self._legs[session] = {CLIENT: _Leg(session, CLIENT, sock)}
+            self._deadlines.arm(session)
             self._perform(actions, now)
             self._service_deadline = self._service.deadline()
 

@@ -263,6 +263,7 @@ class Engine:
                 leg.transport.pauseProducing()
             else:
                 actions = session.handle(Lost(CLIENT, Loss(Reason.RESET, "ECONNRESET")), now)
+            self._arm(session)
             self._perform(actions)
             self._arm_service()
 
