@@ -24,6 +24,7 @@ from msgspec import Struct
 from services.core.addresses import Address
 from services.core.admission import Limits, Lists, Network
 from services.core.faults import FOR_DATAGRAMS, FOR_STREAMS, AnyFault
+from services.core.preface import Version
 from services.core.session import Timeouts
 from services.core.upstreams import Choice, Number
 from services.vocabulary import Level
@@ -67,6 +68,7 @@ class ListenerConfig(Struct, frozen=True, kw_only=True):
     answer_low_ports: bool = False
     allow: tuple[Network, ...] = ()
     deny: tuple[Network, ...] = ()
+    proxy_protocol: bool = False
     faults: tuple[AnyFault, ...] = ()
 
     @property
@@ -81,6 +83,7 @@ class UpstreamConfig(Struct, frozen=True, kw_only=True):
     weight: Number = 1
     backup: bool = False
     sessions: Number | None = None
+    proxy_protocol: Version | None = None
 
 
 class PoolConfig(Choice, frozen=True, kw_only=True):
@@ -277,6 +280,8 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
         if listener.service == "echo" and listener.pool is not None:
             faults.append(f"{path}.pool: an echo has no upstreams, so no pool")
         _check_faults(listener, path, faults)
+        if listener.proxy_protocol is True and udp:
+            faults.append(f"{path}.proxy_protocol: datagrams have no connection to introduce")
         # what a descriptor of the service manager is shows only when it is claimed
         may_be_udp = address is FAULTY or address.transport in {"udp", "systemd"}
         if listener.answer_low_ports is True and not may_be_udp:

@@ -402,6 +402,7 @@ def _update(policy: Policy, listener: Listener | ListenerConfig, pools: Mapping[
     policy.pool = pools[listener.pool] if listener.pool else None
     policy.answer_low_ports = listener.answer_low_ports
     policy.lists = listener.lists
+    policy.proxy_protocol = listener.proxy_protocol
 
 
 def _pools(config: Config) -> dict[str, Pool]:
@@ -415,6 +416,7 @@ def _pools(config: Config) -> dict[str, Pool]:
                     weight=each.weight,
                     backup=each.backup,
                     limit=each.sessions,
+                    proxy_protocol=each.proxy_protocol,
                 )
                 for each in pool.upstreams
             ],

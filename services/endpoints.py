@@ -53,6 +53,7 @@ class Listener:
     pool: str | None
     answer_low_ports: bool
     lists: Lists | None
+    proxy_protocol: bool
     faults: tuple[AnyFault, ...]
     sockets: list[socket.socket]
     inherited: bool
@@ -198,6 +199,7 @@ def _listener(
         pool=wanted.pool,
         answer_low_ports=wanted.answer_low_ports,
         lists=wanted.lists,
+        proxy_protocol=wanted.proxy_protocol,
         faults=wanted.faults,
         sockets=sockets,
         inherited=inherited,

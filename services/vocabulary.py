@@ -239,6 +239,8 @@ class SessionProgress(Session, frozen=True, kw_only=True):
     closed_by: Literal["client", "upstream", "service"] | None
     error: str | None
     faults: str | None
+    via_ip: str | None
+    via_port: Count | None
     sessions: Count
     client_rtt_us: Microseconds | None
     client_retrans: Count | None
@@ -269,6 +271,20 @@ class SessionRefused(Event, frozen=True, kw_only=True):
     closed_by: Literal["service"] = "service"
     reason: str
     refused: Count
+
+
+class IntroductionRefused(Event, frozen=True, kw_only=True):
+    """A client that was accepted by another proxy's word is no session: its PROXY header is wrong, or
+    whom it names may not come in.
+    """
+
+    NAME = "introduction_refused"
+    LEVEL = "warning"
+    session: str
+    listener: str
+    client_ip: str | None
+    client_port: Count | None
+    reason: str
 
 
 class EngineStats(Totals, frozen=True, kw_only=True):
@@ -329,6 +345,7 @@ EVENTS: tuple[type[Event], ...] = (
     SessionProgress,
     SessionClosed,
     SessionRefused,
+    IntroductionRefused,
     EngineStats,
     EngineStalled,
     EngineDegraded,

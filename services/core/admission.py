@@ -81,10 +81,8 @@ class Admission:
             return reason
         if limits.sessions is not None and sessions >= limits.sessions:
             return f"{limits.sessions} sessions are open"
-        if limits.sessions_per_client is not None and host is not None:
-            key = self._key(host)
-            if self._clients[key] >= limits.sessions_per_client:
-                return f"{limits.sessions_per_client} sessions of {key} are open"
+        if host is not None and (reason := self.crowded(host)):
+            return reason
         if limits.accept_rate is not None:
             since, self._filled_at = now - self._filled_at, now
             self._tokens = min(self._burst, self._tokens + since * limits.accept_rate)
@@ -92,6 +90,14 @@ class Admission:
                 return f"more than {limits.accept_rate} new sessions a second"
             self._tokens -= 1
         return None
+
+    def crowded(self, host: str) -> str | None:
+        """Why this client may have no further session, if it has as many as it may."""
+        most = self._limits.sessions_per_client
+        if most is None:
+            return None
+        key = self._key(host)
+        return f"{most} sessions of {key} are open" if self._clients[key] >= most else None
 
     def enter(self, host: str | None) -> object:
         """A client is in: what to give back to `leave`."""

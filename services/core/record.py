@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from services import vocabulary
 from services.core.addresses import Address
+from services.core.preface import Introduction
 
 State = Literal["SF", "S0", "S1", "S2", "S3", "RSTO", "RSTR", "REJ"]
 
@@ -96,11 +97,14 @@ class Record:
         "peer_reset_at",
         "queued",
         "queued_at",
+        "refusal",
         "service",
         "termination",
+        "tlvs",
         "unread",
         "upstream",
         "upstream_address",
+        "via",
     )
 
     def __init__(
@@ -123,6 +127,11 @@ class Record:
         self.client = client
         self.local = local
         self.accept_wait = accept_wait
+        # the proxy that the client came by, and what it said beside addresses
+        self.via: Address | None = None
+        self.tlvs = b""
+        # why a client that was accepted is no session after all
+        self.refusal: str | None = None
         self.upstream: str | None = None
         self.upstream_address: Address | None = None
         self.opened_at = now
@@ -146,6 +155,14 @@ class Record:
         self.error: str | None = None
         # the labels of the faults that it met on purpose, with commas
         self.faults: str | None = None
+
+    def introduce(self, introduction: Introduction) -> None:
+        """The client is who its PROXY header says, and not the proxy that sent it."""
+        if introduction.client is not None and introduction.local is not None:
+            self.via = self.client
+            self.client, self.local = introduction.client, introduction.local
+        self.tlvs = introduction.tlvs
+        self.pair = introduction.pair
 
 
 class Counts(NamedTuple):
@@ -255,6 +272,8 @@ def line(
         closed_by=record.closed_by,
         error=record.error,
         faults=record.faults,
+        via_ip=record.via.host if record.via else None,
+        via_port=record.via.port if record.via else None,
         sessions=sessions,
         client_rtt_us=client_info.rtt_us,
         client_retrans=client_info.retrans,

@@ -14,6 +14,7 @@ from services import vocabulary
 from services.core.addresses import Address, Transport
 from services.core.admission import Admission, Limits, Lists
 from services.core.faults import AnyFault
+from services.core.preface import Preface
 from services.core.record import NO_TCP_INFO, Counts, Record, TcpInfo, identity, line, microseconds
 from services.core.session import Accepted, Actions, Cut, Session, Timeouts
 from services.core.tally import ListenerKey, Tally
@@ -40,6 +41,7 @@ class Policy:
     pool: Pool | None = None
     answer_low_ports: bool = False
     lists: Lists | None = None
+    proxy_protocol: bool = False
     faults: tuple[AnyFault, ...] = ()
     # how many sessions there were: what a fault's draws depend on
     sessions: int = 0
@@ -160,7 +162,16 @@ class Service:
         record = self.open_record(policy, client, local, accept_wait, now)
         policy.sessions += 1
         self._descriptors -= _descriptors(policy)
-        session = Session(record, self.timeouts, self.buffer, policy.pool, policy.sessions, policy.faults)
+        session = Session(
+            record,
+            self.timeouts,
+            self.buffer,
+            policy.pool,
+            policy.sessions,
+            policy.faults,
+            Preface() if policy.proxy_protocol else None,
+            self._readmit,
+        )
         self.sessions.add(session)
         return session, session.handle(Accepted(), now)
 
@@ -175,6 +186,16 @@ class Service:
         if reason is not None:
             self.refuse(policy, client, reason, now)
         return reason is None
+
+    def _readmit(self, record: Record) -> str | None:
+        """A header has said who the client is: the limit for each client is for that one."""
+        self.admission.leave(record.admission)
+        record.admission = None
+        host = record.client.host if record.client and record.client.transport == "tcp" else None
+        reason = self.admission.crowded(host) if host is not None else None
+        if reason is None:
+            record.admission = self.admission.enter(host)
+        return reason
 
     def refuse(self, policy: Policy, client: Address | None, reason: str, now: float) -> None:
         """Count a refusal; a flood of them must not write our log."""
@@ -243,6 +264,18 @@ class Service:
         """The last leg of `session` is closed: count it, and write its line."""
         letters, state = session.story()
         counts = session.counts(now)
+        record = session.record
+        if record.refusal is not None:
+            client = record.client
+            self.emit(
+                vocabulary.IntroductionRefused(
+                    session=record.id,
+                    listener=record.listener,
+                    client_ip=client.host if client else None,
+                    client_port=client.port if client else None,
+                    reason=record.refusal,
+                )
+            )
         self.emit(
             line(
                 vocabulary.SessionClosed,

@@ -34,17 +34,21 @@ The rules, by their numbers in the behaviour table:
 * A session that finds every upstream full waits in its pool's queue. The end of another releases it:
   so `handle` and `expire` return what to do for that one as well.
 
+* Behind another proxy, the first bytes are a PROXY header (16): it is read before anything else, in
+  bounded time and size, and says who the client is. What an upstream is told of the client in the same
+  way goes out before the first byte of the relay.
+
 A leg's loss is remembered: it is delivered once, whatever its socket says later. After the session
 is over every event is ignored, so an engine need not cancel what is already on its way.
 
 Faults on purpose (`faults.py`) act on a session that relays: on its bytes by the relays' lines, on
 itself by a deadline, which ends it as the operator would (`K`).
-PROXY headers (16) will be a phase before Q, fed by a `Received` event; admission (23) decides before
-a session is made; names resolved again and raced addresses (17) concern `_dial`.
+Admission (23) decides before a session is made; names resolved again and raced addresses (17) concern
+`_dial`.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +56,7 @@ from msgspec import Struct
 
 from services.core.addresses import Address
 from services.core.faults import NEVER, AnyFault, Blackhole, Reset, hitting
+from services.core.preface import Preface, PrefaceError, header
 from services.core.record import (
     CLIENT,
     UPSTREAM,
@@ -84,6 +89,7 @@ class Timeouts(Struct, frozen=True, kw_only=True):
         idle: no byte moved, either way.
         half_close: the same, once one side has ended.
         drain: from SIGTERM until open sessions are cut.
+        header: until a PROXY header is whole, where one is expected.
         dead_peer: data unacknowledged, or keepalive unanswered (TCP_USER_TIMEOUT); None is as idle,
             since it also ends a live peer that keeps its window at zero.
         udp_idle: a UDP session ends this long after its last datagram.
@@ -95,6 +101,7 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     idle: float = 3600.0
     half_close: float = 60.0
     drain: float = 30.0
+    header: float = 3.0
     dead_peer: float | None = None
     udp_idle: float = 30.0
     progress: float = 60.0
@@ -106,6 +113,13 @@ class Timeouts(Struct, frozen=True, kw_only=True):
 @dataclass(frozen=True, slots=True)
 class Accepted:
     """The client leg is there. Always the first event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """While a preface is read: what the client sent next; nothing is its end."""
+
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +170,7 @@ class Cut:
     error: str | None = None
 
 
-Event = Accepted | Dialled | DialFailed | Finished | Lost | Probed | Cut
+Event = Accepted | Received | Dialled | DialFailed | Finished | Lost | Probed | Cut
 
 
 # What the session asks of the engine ------------------------------------------------------------
@@ -178,8 +192,25 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadPreface:
+    """Read the client leg, and answer with `Received`, as long as the session `reads_preface`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Write `data` to `leg`, to which nothing was written before: its buffer has room."""
+
+    leg: Side
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class BeginRelay:
-    """Move bytes on every relay of the session, from now on."""
+    """Move bytes on every relay of the session, from now on. `rest` came from the client before: it is
+    the first that its relay receives.
+    """
+
+    rest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +255,7 @@ class Close:
     leg: Side
 
 
-Action = Dial | Cancel | BeginRelay | Deliver | SendEnd | Discard | Probe | Abort | Close
+Action = ReadPreface | Dial | Cancel | Send | BeginRelay | Deliver | SendEnd | Discard | Probe | Abort | Close
 Actions = Sequence[tuple["Session", Action]]
 
 
@@ -250,6 +281,8 @@ class Session:
         pool: where a proxy dials; None is echo.
         number: how many sessions its listener had before, and itself.
         faults: the listener's, from which those that hit this session are drawn.
+        preface: where a PROXY header has to come first.
+        readmit: why a client may not have a session after all, now that it is known who it is.
 
     """
 
@@ -266,8 +299,11 @@ class Session:
         "_lost",
         "_number",
         "_pool",
+        "_preface",
         "_probed_at",
         "_progress_at",
+        "_readmit",
+        "_rest",
         "_retries",
         "_timeouts",
         "_tried",
@@ -286,6 +322,8 @@ class Session:
         pool: Pool | None,
         number: int = 1,
         faults: Sequence[AnyFault] = (),
+        preface: Preface | None = None,
+        readmit: Callable[[Record], str | None] = lambda _: None,
     ) -> None:
         self.record = record
         self.phase = Phase.CHOOSING
@@ -313,6 +351,9 @@ class Session:
         self._progress_at = record.opened_at + timeouts.progress
         self._number = number
         self._faults = faults
+        self._preface = preface
+        self._readmit = readmit
+        self._rest = b""
         # the faults that end the session, and when the first of them does
         self._endings: dict[AnyFault, float] = {}
         self._fault_at = NEVER
@@ -320,6 +361,10 @@ class Session:
     @property
     def over(self) -> bool:
         return self.phase is Phase.OVER
+
+    @property
+    def reads_preface(self) -> bool:
+        return self._preface is not None and self.phase is not Phase.OVER
 
     def awaits(self, attempt: int) -> bool:
         """Is dial number `attempt` still wanted?"""
@@ -335,7 +380,12 @@ class Session:
             case Lost(leg, loss):
                 return self._lose(leg, loss, now)
             case Accepted():
-                return self._begin(now) if self._pool is None else self._choose(now)
+                if self._preface is None:
+                    return self._admitted(now)
+                self._waits_until = now + self._timeouts.header
+                return self._do(ReadPreface())
+            case Received(data):
+                return self._read_preface(data, now)
             case Dialled(attempt):
                 return self._dialled(now) if self.awaits(attempt) else ()
             case DialFailed(attempt, loss):
@@ -388,6 +438,35 @@ class Session:
         ends = Ends(from_client.first_in, to_client.first_out, from_client.ended_at or end)
         letters = history(self.record, ends)
         return letters, state(letters, ended=self.phase is Phase.OVER)
+
+    # The preface --------------------------------------------------------------------------------
+
+    def _read_preface(self, data: bytes, now: float) -> Actions:
+        if self._preface is None:
+            return ()
+        record = self.record
+        record.unread = record.unread or bool(data)
+        try:
+            introduction = self._preface.feed(data)
+        except PrefaceError as error:
+            return self._refuse_client("PQ", f"PROXY header: {error}", "EPROTO", now)
+        if introduction is None:
+            return ()
+        self._preface = None
+        record.unread = False
+        self._rest = introduction.rest
+        record.introduce(introduction)
+        reason = self._readmit(record)
+        if reason is not None:
+            return self._refuse_client("PQ", reason, None, now)
+        return self._admitted(now)
+
+    def _refuse_client(self, termination: str, reason: str, error: str | None, now: float) -> Actions:
+        self.record.refusal = reason
+        return self._end(termination, None, now, error)
+
+    def _admitted(self, now: float) -> Actions:
+        return self._begin(now) if self._pool is None else self._choose(now)
 
     # Connecting ---------------------------------------------------------------------------------
 
@@ -481,15 +560,21 @@ class Session:
         assert self._pool is not None
         assert self._upstream is not None
         self._pool.answered(self._upstream)
-        self.record.connected_at = now
-        return self._begin(now)
+        record = self.record
+        record.connected_at = now
+        version = self._upstream.proxy_protocol
+        if version is None:
+            return self._begin(now)
+        told = header(version, record.client, record.local, record.tlvs, record.pair)
+        return [*self._do(Send(UPSTREAM, told)), *self._begin(now)]
 
     def _begin(self, now: float) -> Actions:
         self.phase = Phase.RELAYING
         self.record.moved_at = now
         if self._faults:
             self._suffer(now)
-        return self._do(BeginRelay())
+        rest, self._rest = self._rest, b""
+        return self._do(BeginRelay(rest))
 
     # Faults on purpose --------------------------------------------------------------------------
 
@@ -616,6 +701,7 @@ class Session:
         if record.queued_at is not None and self._pool is not None:
             self._pool.leave(self)
             record.queued += now - record.queued_at
+            record.queued_at = None
         self.phase = Phase.OVER
         record.termination = termination
         record.closed_by = "service" if by is None else _NAME[by]
@@ -659,7 +745,7 @@ class Session:
         if legs and now >= self._probed_at + self._probe_interval():
             self._probed_at = now
             probes = self._do(*(Probe(leg) for leg in legs))
-            if self.phase is Phase.CHOOSING and not self._gave_up:
+            if self.record.queued_at is not None:
                 return [*self._look_again(now), *probes], progress
             return probes, progress
         return (), progress
@@ -675,6 +761,9 @@ class Session:
         return moved + timeouts.idle
 
     def _out_of_patience(self, now: float) -> Actions:
+        if self._preface is not None:
+            reason = f"PROXY header: it was not whole within {self._timeouts.header:g} s"
+            return self._refuse_client("cQ", reason, "ETIMEDOUT", now)
         if self.phase is Phase.CHOOSING:
             assert self._pool is not None
             self._pool.leave(self)

@@ -26,6 +26,7 @@ from msgspec import Meta, Struct
 
 from services import vocabulary
 from services.core.addresses import Address
+from services.core.preface import Version
 
 Balance = Literal["round_robin", "least_sessions", "random", "source_hash", "first"]
 Number = Annotated[int, Meta(ge=1)]
@@ -83,6 +84,7 @@ class Upstream:
 
     Attributes:
         limit: sessions that it may have; None is any number.
+        proxy_protocol: in which version it is told of its clients.
         draining: by the operator: no new sessions.
         up: what health checks found.
 
@@ -93,6 +95,7 @@ class Upstream:
     weight: int = 1
     backup: bool = False
     limit: int | None = None
+    proxy_protocol: Version | None = None
     sessions: int = 0
     draining: bool = False
     up: bool = True
@@ -252,12 +255,8 @@ class Pool:
         for each in self.upstreams:
             old = known.get(each.name)
             if old is not None:
-                old.addresses, old.weight, old.backup, old.limit = (
-                    each.addresses,
-                    each.weight,
-                    each.backup,
-                    each.limit,
-                )
+                old.addresses, old.weight, old.backup = each.addresses, each.weight, each.backup
+                old.limit, old.proxy_protocol = each.limit, each.proxy_protocol
             kept.append(old or each)
         self.upstreams = tuple(kept)
         self.queue = former.queue

@@ -16,6 +16,9 @@ once; the FIN follows from the session's answer, never before. A relay may carry
 purpose): what was received is handed to it (`carry`), and what is written is what comes out of it
 (`deliver`), piece by piece, no earlier than `due()`. `Deliver` asks to look again.
 
+*The preface.* After `ReadPreface` what the client sends goes to the session as `Received`, as long as it
+`reads_preface`; then the leg is left alone until `BeginRelay`, which brings back what came behind it.
+
 *Loss.* A socket call that fails for good is `Lost(leg, loss_of(error))`. The engine keeps the leg
 open until it is told to `Abort` or `Close` it: what the other direction still holds may count.
 
@@ -55,6 +58,8 @@ from services.core.session import Actions
 
 # Read at most this much at once: as much as a relay holds by default, and what Twisted reads.
 CHUNK = 65_536
+# A PROXY header is seldom longer, and what came behind it in the same read must be kept.
+PREFACE_CHUNK = 256
 # A burst of new clients must not starve the open sessions (rule 15; HAProxy's tune.maxaccept is 4).
 MOST_ACCEPTS = 16
 # Nor may a burst of datagrams.

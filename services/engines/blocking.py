@@ -41,11 +41,14 @@ from services.core.session import (
     Finished,
     Lost,
     Probe,
+    ReadPreface,
+    Received,
+    Send,
     SendEnd,
     Session,
 )
 from services.engines import sockets
-from services.engines.base import CHUNK, DATAGRAM, MOST_DATAGRAMS, Listening
+from services.engines.base import CHUNK, DATAGRAM, MOST_DATAGRAMS, PREFACE_CHUNK, Listening
 from services.engines.deadlines import NEVER, Deadlines, Later
 
 # A sender, or a connecting thread, looks up this often whether its session still wants it.
@@ -234,9 +237,14 @@ class Engine:
         for session, action in actions:
             legs = self._conversations[session].legs
             match action:
-                case BeginRelay():
+                case BeginRelay(rest):
                     for relay in session.relays:
-                        self._spawn(session, self._pump, relay, legs[relay.source], legs[relay.sink])
+                        first = rest if relay.source is CLIENT else b""
+                        self._spawn(session, self._pump, relay, legs[relay.source], legs[relay.sink], first)
+                case ReadPreface():
+                    self._spawn(session, self._read_preface, legs[CLIENT])
+                case Send(side, data):
+                    self._send_first(session, legs[side], data)
                 case Dial():
                     self._spawn(session, self._dial, action)
                 case SendEnd(side):
@@ -253,15 +261,34 @@ class Engine:
                 case Discard() | Deliver():
                     pass  # the relay's own thread sees it
 
+    def _read_preface(self, session: Session, leg: _Leg) -> None:
+        """The thread of one PROXY header."""
+        while session.reads_preface:
+            try:
+                data = leg.sock.recv(PREFACE_CHUNK)
+            except OSError as error:
+                self._tell(session, Lost(leg.side, sockets.loss_of(error)))
+                return
+            self._tell(session, Received(data))
+
+    def _send_first(self, session: Session, leg: _Leg, data: bytes) -> None:
+        try:
+            leg.sock.send(data)
+        except OSError as error:
+            self._tell(session, Lost(leg.side, sockets.loss_of(error)))
+
     # Relaying -----------------------------------------------------------------------------------
 
-    def _pump(self, session: Session, relay: Relay, source: _Leg, sink: _Leg) -> None:
-        """The thread of one relay: waits for bytes, and until the sink has taken them."""
+    def _pump(self, session: Session, relay: Relay, source: _Leg, sink: _Leg, first: bytes) -> None:
+        """The thread of one relay: waits for bytes, and until the sink has taken them. `first` came with
+        a preface.
+        """
         recv, clock = source.sock.recv, self._clock
         size = min(FIRST_READ, relay.limit)
         while not session.over:
             try:
-                data = recv(size if relay.line is None else min(size, relay.room))
+                data = first or recv(size if relay.line is None else min(size, relay.room))
+                first = b""
             except OSError as error:
                 self._tell(session, Lost(source.side, sockets.loss_of(error)))
                 data = b""  # if its loss was known: that it can no longer be read is its end

@@ -36,11 +36,14 @@ from services.core.session import (
     Finished,
     Lost,
     Probe,
+    ReadPreface,
+    Received,
+    Send,
     SendEnd,
     Session,
 )
 from services.engines import sockets
-from services.engines.base import CHUNK, DATAGRAM, MOST_ACCEPTS, MOST_DATAGRAMS, Listening
+from services.engines.base import CHUNK, DATAGRAM, MOST_ACCEPTS, MOST_DATAGRAMS, PREFACE_CHUNK, Listening
 from services.engines.deadlines import NEVER, Deadlines, Later
 
 
@@ -210,10 +213,18 @@ class Engine:
             if legs is None:  # an earlier action ended it
                 continue
             match action:
-                case BeginRelay():
+                case BeginRelay(rest):
                     for leg in legs.values():
                         leg.opposite = legs[leg.inbound.sink]
                         self._watch(leg, now)
+                    if rest:
+                        self._pass_on(legs[CLIENT], rest, now)
+                case ReadPreface():
+                    leg = legs[CLIENT]
+                    leg.interest = EVENT_READ
+                    self._selector.register(leg.sock, EVENT_READ, partial(self._read_preface, leg))
+                case Send(side, data):
+                    self._send_first(legs[side], data, now)
                 case Dial():
                     self._dial(session, action, now)
                 case SendEnd(side):
@@ -238,6 +249,26 @@ class Engine:
 
     def _tell(self, session: Session, event: Event, now: float) -> None:
         self._perform(session.handle(event, now), now)
+
+    def _read_preface(self, leg: _Leg, _events: int) -> None:
+        now = self._clock()
+        try:
+            data = leg.sock.recv(PREFACE_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._tell(leg.session, Lost(leg.side, sockets.loss_of(error)), now)
+            return
+        actions = leg.session.handle(Received(data), now)
+        if not leg.session.reads_preface:
+            self._unwatch(leg)
+        self._perform(actions, now)
+
+    def _send_first(self, leg: _Leg, data: bytes, now: float) -> None:
+        try:
+            leg.sock.send(data)
+        except OSError as error:
+            self._tell(leg.session, Lost(leg.side, sockets.loss_of(error)), now)
 
     # Relaying -----------------------------------------------------------------------------------
 
@@ -269,6 +300,11 @@ class Engine:
             else:
                 self._deadlines.arm(leg.session)
             return
+        self._pass_on(leg, data, now)
+
+    def _pass_on(self, leg: _Leg, data: bytes, now: float) -> None:
+        """What was read from `leg` is its relay's."""
+        relay = leg.inbound
         relay.received(len(data), now)
         if relay.discarding:
             return

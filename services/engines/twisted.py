@@ -46,6 +46,9 @@ from services.core.session import (
     Finished,
     Lost,
     Probe,
+    ReadPreface,
+    Received,
+    Send,
     SendEnd,
     Session,
 )
@@ -318,14 +321,20 @@ class Engine:
             if legs is None:  # an earlier action ended it
                 continue
             match action:
-                case BeginRelay() if all(leg.open for leg in legs.values()):
+                case BeginRelay(rest) if all(leg.open for leg in legs.values()):
                     for leg in legs.values():
                         leg.opposite = legs[leg.inbound.sink]
                         leg.opposite.transport.registerProducer(leg, True)
                         leg.transport.resumeProducing()
+                    if rest:
+                        self._pump(legs[CLIENT], rest)
+                case ReadPreface() if legs[CLIENT].open:
+                    legs[CLIENT].transport.resumeProducing()
+                case Send(side, data) if legs[side].open:
+                    legs[side].transport.write(data)
                 case Dial():
                     self._dial(session, action)
-                case BeginRelay() | SendEnd():
+                case BeginRelay() | ReadPreface() | Send() | SendEnd():
                     pass  # a leg is lost already; the transport did, after the last byte (`_ended`)
                 case Close(side):
                     self._close(legs[side])
@@ -349,8 +358,18 @@ class Engine:
 
     # Relaying -----------------------------------------------------------------------------------
 
+    def _read_preface(self, leg: _Leg, data: bytes) -> None:
+        actions = leg.session.handle(Received(data), self._clock())
+        if leg.open and not leg.session.reads_preface:
+            leg.transport.pauseProducing()
+        self._perform(actions)
+        self._arm(leg.session)
+
     def _pump(self, leg: _Leg, data: bytes) -> None:
         """Hand over what was read. Handing over may pause us: then it counts as waiting."""
+        if leg.session.reads_preface:
+            self._read_preface(leg, data)
+            return
         now = self._clock()
         relay = leg.inbound
         size = len(data)
@@ -400,6 +419,9 @@ class Engine:
 
     def _ended(self, leg: _Leg) -> None:
         """The end of what `leg` sends was read, or nothing more can be."""
+        if leg.session.reads_preface:
+            self._read_preface(leg, b"")
+            return
         relay = leg.inbound
         relay.ended(self._clock())
         if relay.discarding:

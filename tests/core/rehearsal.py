@@ -67,10 +67,18 @@ class Stage:
 class Play:
     """One session, driven as an engine would drive it; `actions` are those of the last event."""
 
-    def __init__(self, stage: Stage, service: str = "proxy", faults: Sequence[AnyFault] = ()) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        service: str = "proxy",
+        faults: Sequence[AnyFault] = (),
+        *,
+        proxy_protocol: bool = False,
+    ) -> None:
         self.stage = stage
         pool = stage.pool if service == "proxy" else None
         self.policy = Policy("front", service, "tcp", pool, faults=tuple(faults))  # type: ignore[arg-type]
+        self.policy.proxy_protocol = proxy_protocol
         admitted = stage.service.accept(self.policy, CLIENT_ADDRESS, LOCAL_ADDRESS, 0.004, stage.now)
         assert admitted is not None
         self.session, actions = admitted
