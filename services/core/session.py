@@ -29,8 +29,10 @@ The rules, by their numbers in the behaviour table:
 * A leg that is not being read (we are connecting, its relay is full, its end was read) cannot show
   its death by itself. While there is one, the deadline is never more than `PROBE_INTERVAL` away and
   asks for a probe (6, 9).
-* A dial that fails is tried again, on the next address or upstream, within one budget (11). With no
-  dial left, the client is told as a kernel would: reset if it sent data, else FIN.
+* An upstream's addresses are raced (17): the next one is dialled when one fails, or has not answered
+  within `RACE`, and the first to answer wins. An upstream that has none left to dial is given up for
+  another, within one budget (11). With no dial left, the client is told as a kernel would: reset if it
+  sent data, else FIN.
 * A session that finds every upstream full waits in its pool's queue. The end of another releases it:
   so `handle` and `expire` return what to do for that one as well.
 
@@ -43,8 +45,7 @@ is over every event is ignored, so an engine need not cancel what is already on 
 
 Faults on purpose (`faults.py`) act on a session that relays: on its bytes by the relays' lines, on
 itself by a deadline, which ends it as the operator would (`K`).
-Admission (23) decides before a session is made; names resolved again and raced addresses (17) concern
-`_dial`.
+Admission (23) decides before a session is made.
 """
 
 import enum
@@ -77,6 +78,8 @@ from services.core.upstreams import Pool, Upstream
 # A leg that is not read is asked for its death this often: CLOSE_WAIT pile-ups (haproxy #136) end
 # within it, and a second is what a poll(2) a paused session costs nothing at.
 PROBE_INTERVAL = 1.0
+# A dial that has not answered gets company after this long (RFC 8305's Connection Attempt Delay).
+RACE = 0.25
 # Waiting for the other leg's last acknowledgements before resetting it: a few round trips.
 SETTLE_INTERVAL = 0.02
 
@@ -292,6 +295,7 @@ class Session:
         "_candidates",
         "_connect_ends",
         "_dial_loss",
+        "_dials",
         "_endings",
         "_fault_at",
         "_faults",
@@ -302,6 +306,7 @@ class Session:
         "_preface",
         "_probed_at",
         "_progress_at",
+        "_race_at",
         "_readmit",
         "_rest",
         "_retries",
@@ -335,12 +340,15 @@ class Session:
         self._timeouts = timeouts
         self._pool = pool
         self._attempt = 0
+        # those on their way, by their numbers
+        self._dials: dict[int, Address] = {}
+        self._race_at = NEVER
         self._retries = pool.choice.retries if pool else 0
         self._candidates: list[Address] = []
         self._tried: list[Upstream] = []
         # the one that this session counts for
         self._upstream: Upstream | None = None
-        # of all dials together, and of this dial or the queue
+        # of all dials together, and of this upstream's dials or the queue
         self._connect_ends = self._waits_until = 0.0
         self._dial_loss: Loss | None = None
         self._gave_up = False
@@ -368,7 +376,7 @@ class Session:
 
     def awaits(self, attempt: int) -> bool:
         """Is dial number `attempt` still wanted?"""
-        return self.phase is Phase.CONNECTING and attempt == self._attempt and not self._gave_up
+        return self.phase is Phase.CONNECTING and attempt in self._dials
 
     def handle(self, event: Event, now: float) -> Actions:
         """What to do about `event`, in order. Nothing, once the session is over."""
@@ -387,9 +395,9 @@ class Session:
             case Received(data):
                 return self._read_preface(data, now)
             case Dialled(attempt):
-                return self._dialled(now) if self.awaits(attempt) else ()
+                return self._dialled(attempt, now) if self.awaits(attempt) else ()
             case DialFailed(attempt, loss):
-                return self._dial_failed(loss, now) if self.awaits(attempt) else ()
+                return self._dial_failed(attempt, loss, now) if self.awaits(attempt) else ()
             case Probed():
                 return self._probed(event, now)
             case _:  # Cut
@@ -502,6 +510,8 @@ class Session:
         if record.dialled_at is None:
             record.dialled_at = now
         self._connect_ends = self._connect_ends or now + self._timeouts.connect
+        # what is left of the budget is shared with the upstreams that may still follow
+        self._waits_until = now + (self._connect_ends - now) / (1 + self._further_upstreams())
         return self._dial(now)
 
     def resume(self, now: float) -> Actions:
@@ -529,21 +539,25 @@ class Session:
         self.phase = Phase.CONNECTING
         self._attempt += 1
         self.record.upstream_address = address = self._candidates.pop(0)
-        # what is left of the budget is shared with the dials that may still follow
-        left = self._connect_ends - now
-        self._waits_until = now + left / (1 + len(self._candidates) + self._further_upstreams())
+        self._dials[self._attempt] = address
+        # the last of them is to have its chance too
+        self._race_at = now + min(RACE, (self._waits_until - now) / (1 + len(self._candidates)))
         return self._do(Dial(self._attempt, address))
 
     def _further_upstreams(self) -> int:
         assert self._pool is not None
         return min(self._retries, self._pool.further(self._tried))
 
-    def _dial_failed(self, loss: Loss, now: float) -> Actions:
-        assert self._pool is not None
-        assert self._upstream is not None
+    def _dial_failed(self, attempt: int, loss: Loss, now: float) -> Actions:
         self._dial_loss = loss
+        del self._dials[attempt]
         if self._candidates:
             return self._dial(now)
+        return () if self._dials else self._give_upstream_up(loss, now)
+
+    def _give_upstream_up(self, loss: Loss, now: float) -> Actions:
+        assert self._pool is not None
+        assert self._upstream is not None
         self._pool.failed(self._upstream, loss.error, now)
         others = self._let_go(now)
         if self._further_upstreams() > 0:
@@ -556,17 +570,23 @@ class Session:
         self._gave_up = True
         return self._do(Probe(CLIENT))
 
-    def _dialled(self, now: float) -> Actions:
+    def _dialled(self, attempt: int, now: float) -> Actions:
         assert self._pool is not None
         assert self._upstream is not None
         self._pool.answered(self._upstream)
         record = self.record
         record.connected_at = now
+        record.upstream_address = self._dials.pop(attempt)
+        late = self._cancel_dials()
         version = self._upstream.proxy_protocol
         if version is None:
-            return self._begin(now)
+            return [*late, *self._begin(now)]
         told = header(version, record.client, record.local, record.tlvs, record.pair)
-        return [*self._do(Send(UPSTREAM, told)), *self._begin(now)]
+        return [*late, *self._do(Send(UPSTREAM, told)), *self._begin(now)]
+
+    def _cancel_dials(self) -> Actions:
+        dials, self._dials = self._dials, {}
+        return self._do(*(Cancel(attempt) for attempt in dials))
 
     def _begin(self, now: float) -> Actions:
         self.phase = Phase.RELAYING
@@ -697,7 +717,8 @@ class Session:
         """Let go of every leg: in order where nothing is cut, else by reset (rule 4)."""
         record = self.record
         legs = [CLIENT, UPSTREAM] if self.phase is Phase.RELAYING and len(self.relays) == 2 else [CLIENT]
-        actions: list[Action] = [Cancel(self._attempt)] if self.phase is Phase.CONNECTING else []
+        actions: list[Action] = []
+        cancelled = self._cancel_dials()
         if record.queued_at is not None and self._pool is not None:
             self._pool.leave(self)
             record.queued += now - record.queued_at
@@ -711,7 +732,7 @@ class Session:
         if orderly and termination[0] == "K" and record.our_end_at is None:
             record.our_end_at = now
         actions.extend(Close(leg) if orderly else Abort(leg) for leg in legs)
-        return [*self._do(*actions), *self._let_go(now)]
+        return [*cancelled, *self._do(*actions), *self._let_go(now)]
 
     def _letter(self) -> str:
         """HAProxy's second letter for the phase the session is in."""
@@ -726,6 +747,8 @@ class Session:
     def deadline(self) -> float:
         """When `expire` wants to be called, if nothing happens before; it may find nothing to do."""
         times = [self._progress_at, self._patience_ends(), self._fault_at]
+        if self._dials and self._candidates:
+            times.append(self._race_at)
         if self._unread_legs():
             times.append(self._probed_at + self._probe_interval())
         return min(times)
@@ -741,6 +764,8 @@ class Session:
             return self._fault_due(now), progress
         if now >= self._patience_ends():
             return self._out_of_patience(now), progress
+        if self._dials and self._candidates and now >= self._race_at:
+            return self._dial(now), progress
         legs = self._unread_legs()
         if legs and now >= self._probed_at + self._probe_interval():
             self._probed_at = now
@@ -769,9 +794,10 @@ class Session:
             self._pool.leave(self)
             return self._give_up()
         if self.phase is not Phase.RELAYING:
-            late = self._attempt
-            failed = self._dial_failed(Loss(Reason.TIMED_OUT, "ETIMEDOUT"), now)
-            return [(self, Cancel(late)), *failed]
+            late = self._cancel_dials()
+            self._candidates = []
+            self._dial_loss = loss = Loss(Reason.TIMED_OUT, "ETIMEDOUT")
+            return [*late, *self._give_upstream_up(loss, now)]
         side = "c" if self._awaited() is CLIENT else "s"
         return self._end(side + self._letter(), None, now)
 

@@ -79,12 +79,13 @@ class _Leg:
 
 
 class _Conversation:
-    """A session's legs, and how many threads are at work on them."""
+    """A session's legs and those that are being dialled, and how many threads are at work on them."""
 
-    __slots__ = ("legs", "threads")
+    __slots__ = ("dials", "legs", "threads")
 
     def __init__(self, client: _Leg) -> None:
         self.legs = {CLIENT: client}
+        self.dials: dict[int, _Leg] = {}
         self.threads = 0
 
 
@@ -220,18 +221,29 @@ class Engine:
             if not session.awaits(dial.attempt):  # given up before it began
                 sock.close()
                 return
-            self._conversations[session].legs[UPSTREAM] = leg
+            conversation = self._conversations[session]
+            conversation.dials[dial.attempt] = leg
         number = errno.EINPROGRESS
         while number in {errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN} and session.awaits(dial.attempt):
             number = sock.connect_ex(sockets.sockaddr(dial.address))
         loss = sockets.loss_of_errno(number) if number else None
-        if session.awaits(dial.attempt) and (loss is None or number in sockets.CONNECTED_AND_LOST):
-            self._tell(session, Dialled(dial.attempt))
-            if loss is not None:
-                self._tell(session, Lost(UPSTREAM, loss))
-        else:
+        connected = loss is None or number in sockets.CONNECTED_AND_LOST
+        with self._lock:
+            conversation.dials.pop(dial.attempt, None)
+            won = connected and session.awaits(dial.attempt)
+            if won:
+                conversation.legs[UPSTREAM] = leg
+                actions = session.handle(Dialled(dial.attempt), self._clock())
+                sessions = self._enter(actions)
+        if not won:
             sock.close()
             self._tell(session, DialFailed(dial.attempt, sockets.loss_of_errno(number)))
+            return
+        self._perform(actions)
+        for each in sessions:
+            self._leave(each)
+        if loss is not None:
+            self._tell(session, Lost(UPSTREAM, loss))
 
     def _perform(self, actions: Actions) -> None:
         for session, action in actions:
@@ -253,9 +265,8 @@ class Engine:
                     pass  # by the last thread out
                 case Abort(side):
                     self._close(legs[side])
-                case Cancel():
-                    if UPSTREAM in legs:
-                        self._cancel(legs[UPSTREAM])
+                case Cancel(attempt):
+                    self._cancel(session, attempt)
                 case Probe(side):
                     self._tell(session, sockets.probe(side, legs[side].sock))
                 case Discard() | Deliver():
@@ -465,10 +476,12 @@ class Engine:
         with contextlib.suppress(OSError):
             leg.sock.shutdown(socket.SHUT_RD)
 
-    def _cancel(self, leg: _Leg) -> None:
+    def _cancel(self, session: Session, attempt: int) -> None:
         """Wake the thread that waits in connect."""
-        with contextlib.suppress(OSError):
-            leg.sock.shutdown(socket.SHUT_RDWR)
+        leg = self._conversations[session].dials.get(attempt)
+        if leg is not None:
+            with contextlib.suppress(OSError):
+                leg.sock.shutdown(socket.SHUT_RDWR)
 
     def _drain(self, acceptor: _Acceptor) -> None:
         """The acceptor's last act: accept what already waits, then stop listening."""

@@ -91,6 +91,8 @@ class Engine:
         self._wakeup = sockets.Wakeup()
         self._posted: deque[Callable[[], Actions | None]] = deque()
         self._legs: dict[Session, dict[Side, _Leg]] = {}
+        # those that are not connected yet, by the numbers of their dials
+        self._dials: dict[tuple[Session, int], _Leg] = {}
         self._datagrams: dict[Listening, Datagrams] = {}
         self._deadlines = Deadlines()
         self._service_deadline = service.deadline()
@@ -179,7 +181,7 @@ class Engine:
             self._tell(session, DialFailed(dial.attempt, sockets.loss_of(error)), now)
             return
         sock.setblocking(False)
-        leg = self._legs[session][UPSTREAM] = _Leg(session, UPSTREAM, sock)
+        leg = self._dials[session, dial.attempt] = _Leg(session, UPSTREAM, sock)
         self._connect(leg, dial, 0)
 
     def _connect(self, leg: _Leg, dial: Dial, _events: int) -> None:
@@ -197,8 +199,10 @@ class Engine:
             return
         now = self._clock()
         self._unwatch(leg)
+        del self._dials[leg.session, dial.attempt]
         loss = sockets.loss_of_errno(number) if number else None
         if loss is None or number in sockets.CONNECTED_AND_LOST:
+            self._legs[leg.session][UPSTREAM] = leg
             self._tell(leg.session, Dialled(dial.attempt), now)
             if loss is not None:
                 self._tell(leg.session, Lost(UPSTREAM, loss), now)
@@ -233,9 +237,8 @@ class Engine:
                     self._close(legs[side], now)
                 case Abort(side):
                     self._close(legs[side], now, reset=True)
-                case Cancel():
-                    if UPSTREAM in legs:
-                        self._close(legs[UPSTREAM], now, reset=True)
+                case Cancel(attempt):
+                    self._cancel(session, attempt)
                 case Probe(side):
                     self._tell(session, sockets.probe(side, legs[side].sock), now)
                 case Discard(relay):
@@ -447,6 +450,13 @@ class Engine:
             self._deadlines.forget(leg.session)
             infos = [legs[side].info if side in legs else NO_TCP_INFO for side in Side]
             self._service.retire(leg.session, now, *infos)
+
+    def _cancel(self, session: Session, attempt: int) -> None:
+        leg = self._dials.pop((session, attempt), None)
+        if leg is not None:
+            leg.open = False
+            self._unwatch(leg)
+            leg.sock.close()
 
     def _drain(self, listening: Listening) -> None:
         """Accept what already waits, then stop listening."""

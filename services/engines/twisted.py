@@ -195,7 +195,7 @@ class Engine:
         self._reactor.seconds = clock
         installReactor(self._reactor)
         self._legs: dict[Session, dict[Side, _Leg]] = {}
-        self._connectors: dict[Session, Any] = {}
+        self._connectors: dict[tuple[Session, int], Any] = {}
         self._timers: dict[Session, Any] = {}
         self._service_timer: Any = None
         self._acceptors: dict[Listening, _Acceptor] = {}
@@ -292,21 +292,26 @@ class Engine:
         return True
 
     def _dial(self, session: Session, dial: Dial) -> None:
-        leg = self._legs[session][UPSTREAM] = _Leg(self, session, UPSTREAM)
+        leg = _Leg(self, session, UPSTREAM)
         leg.dial = dial
         host, port = dial.address.host, dial.address.port
         if dial.address.transport == "unix":
             connector = self._reactor.connectUNIX(host, _Adoption(leg), timeout=None)
         else:
             connector = self._reactor.connectTCP(host, port, _Adoption(leg), timeout=None)
-        self._connectors[session] = connector
+        if leg.dial is not None:  # it has not failed at once
+            self._connectors[session, dial.attempt] = connector
 
     def _dialled(self, leg: _Leg, dial: Dial) -> None:
+        self._connectors.pop((leg.session, dial.attempt), None)
+        self._legs[leg.session][UPSTREAM] = leg
         sockets.set_options(leg.transport.getHandle(), self._service.dead_peer)
         self._tell(leg.session, Dialled(dial.attempt))
 
     def _dial_failed(self, leg: _Leg, dial: Dial, reason: Failure) -> None:
         assert reason.value is not None
+        self._connectors.pop((leg.session, dial.attempt), None)
+        leg.dial = None
         loss = sockets.loss_of(reason.value)
         if loss.reason in {Reason.RESET, Reason.BROKEN}:
             # it was connected and lost again before the reactor looked; there is no transport to read
@@ -340,9 +345,9 @@ class Engine:
                     self._close(legs[side])
                 case Abort(side):
                     self._close(legs[side], reset=True)
-                case Cancel():
-                    if session in self._connectors:
-                        self._connectors.pop(session).disconnect()
+                case Cancel(attempt):
+                    if (session, attempt) in self._connectors:
+                        self._connectors.pop((session, attempt)).disconnect()
                 case Probe(side):
                     if legs[side].open:
                         self._tell(session, sockets.probe(side, legs[side].transport.getHandle()))
@@ -535,7 +540,6 @@ class Engine:
         if legs is None or not session.over or any(leg.open for leg in legs.values()):
             return
         del self._legs[session]
-        self._connectors.pop(session, None)
         timer = self._timers.pop(session, None)
         if timer is not None and timer.active():
             timer.cancel()

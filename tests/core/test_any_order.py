@@ -2,7 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rehearsal import Play, Stage
+from rehearsal import Play, Stage, upstream
 
 from services.core.record import CLIENT, UPSTREAM, Loss, Reason, Side
 from services.core.session import (
@@ -37,6 +37,8 @@ class Engine:
 
     def __init__(self, service: str) -> None:
         self.stage = Stage(buffer=10, upstreams=2, idle=50.0, half_close=20.0, connect=5.0)
+        for number, each in enumerate(self.stage.pool.upstreams):
+            each.addresses = upstream(number, 80, 81).addresses
         self.play = Play(self.stage, service)
         self.open = {CLIENT}
         self.dialling: set[int] = set()
@@ -50,12 +52,14 @@ class Engine:
         for action in actions:
             match action:
                 case Dial(attempt, _):
-                    assert not self.dialling, "one dial at a time"
+                    assert attempt not in self.dialling
+                    assert len(self.dialling) < 2, "one dial for each address at most"
                     self.dialling.add(attempt)
                 case Cancel(attempt):
                     self.dialling.discard(attempt)
                 case BeginRelay():
                     assert not self.relaying
+                    assert not self.dialling, "who lost the race was told"
                     self.relaying = True
                 case SendEnd(leg):
                     assert leg in self.open
@@ -83,7 +87,7 @@ class Engine:
         kind = data.draw(st.sampled_from(["dial", "read", "write", "end", "lost", "probe", "wait", "cut"]))
         side = data.draw(SIDES)
         if kind == "dial" and self.dialling:
-            attempt = next(iter(self.dialling))
+            attempt = data.draw(st.sampled_from(sorted(self.dialling)))
             if data.draw(st.booleans()):
                 self.tell(Dialled(attempt))
             else:

@@ -6,6 +6,7 @@ from rehearsal import Play, Stage, upstream
 from services.core.record import CLIENT, UPSTREAM, Loss, Reason
 from services.core.session import (
     PROBE_INTERVAL,
+    RACE,
     SETTLE_INTERVAL,
     Abort,
     BeginRelay,
@@ -232,6 +233,31 @@ def test_every_address_of_an_upstream_is_tried() -> None:
     play.tell(Dialled(2))
     play.tell(Cut("K"))
     assert play.line().upstream_port == 81
+
+
+def test_addresses_are_raced_and_who_answers_first_wins() -> None:
+    stage = Stage()
+    stage.pool = Pool("pool", [upstream(1, 80, 81, 82)])
+    play = Play(stage)
+    assert play.session.deadline() <= stage.now + RACE
+    assert play.wait(RACE) == [Dial(2, stage.pool.upstreams[0].addresses[1])]
+    assert play.wait(RACE) == [Dial(3, stage.pool.upstreams[0].addresses[2])]
+    assert play.wait(RACE) == []
+    assert play.tell(DialFailed(1, REFUSED)) == []
+    assert play.tell(Dialled(2)) == [Cancel(3), BeginRelay()]
+    assert play.tell(Dialled(3)) == []
+    play.tell(Cut("K"))
+    assert play.line().upstream_port == 81
+
+
+def test_a_race_that_nobody_wins_is_over_when_the_last_has_failed() -> None:
+    stage = Stage()
+    stage.pool = Pool("pool", [upstream(1, 80, 81)])
+    play = Play(stage)
+    play.wait(RACE)
+    assert play.tell(DialFailed(2, REFUSED)) == []
+    assert play.tell(DialFailed(1, REFUSED)) == [Probe(CLIENT)]
+    assert stage.pool.upstreams[0].failures == 1
 
 
 def test_a_client_that_said_nothing_gets_fin_when_no_upstream_answers() -> None:
