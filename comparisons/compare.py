@@ -21,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from comparisons import own_traffic, runner
 from comparisons.own_traffic import Traffic
+from comparisons.recordings import flags
+from comparisons.recordings.script import Script
 from comparisons.report import page, table
 from comparisons.results import Cell, Results, Run, WorkloadFacts, machine
 from comparisons.runner import Bench, Cores
@@ -54,6 +56,11 @@ class Unavailable(click.ClickException):
     help="Only this workload; repeatable.",
 )
 @click.option(
+    "--recording",
+    metavar="FILE",
+    help="Only this workload: your own recording, as `triptych record` writes it.",
+)
+@click.option(
     "--rounds", type=click.IntRange(1, 1000), help="How often every cell is measured; 3, or 1 with --quick."
 )
 @click.option(
@@ -81,6 +88,7 @@ def command(
     quick: bool,
     engines: tuple[str, ...],
     names: tuple[str, ...],
+    recording: str | None,
     rounds: int | None,
     out: Path,
     as_json: bool,
@@ -92,8 +100,8 @@ def command(
     """Run the three engines on the same workloads, or on your own traffic."""
     if (upstream is None) != (client is None):
         raise click.UsageError("--upstream and --client belong together: give both or neither")
-    if client is not None and names:
-        raise click.UsageError("--workload has no place beside --client")
+    if sum([client is not None, bool(names), recording is not None]) > 1:
+        raise click.UsageError("--workload, --recording and --client have no place beside each other")
     if upstream is not None and client is not None:
         _check_own(upstream, client)
         try:
@@ -115,6 +123,8 @@ def command(
         client=without_paths(shlex.split(client or "")),
     )
     workloads = [workload for workload in WORKLOADS if workload.name in names or not names]
+    if recording is not None:
+        workloads = [_recorded(recording)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Bench(cores, results.seed, QUICK_WINDOW if quick else WINDOW) as bench, _progress() as progress:
         if client is not None and upstream is not None:
@@ -187,6 +197,23 @@ def _own_rows(bench: Bench, results: Results, traffic: Traffic) -> Rows:
             yield run
 
     return rows
+
+
+def _recorded(file: str) -> Workload:
+    """The user's own recording, both ends of it played as fast as the order of bytes allows."""
+    found = flags.opened(file)
+    if not any(exchange for each in found.conversations for exchange in Script(each, 0).answers):
+        raise flags.NoRecording(f"{file}: nobody answers anybody in it, so there is nothing to compare")
+    name = Path(file).stem
+    return Workload(
+        name=name,
+        title=f"Proxy, replay of {name}",
+        about=f"{len(found.conversations):,} recorded conversations, both ends played again as fast as the order of bytes allows.",
+        kind="replay",
+        service="proxy",
+        upstream="load",
+        recording=file,
+    )
 
 
 def _told(results: Results, workload: Workload) -> WorkloadFacts:

@@ -241,9 +241,10 @@ def read(document: Mapping[str, Any]) -> Config:
 
 def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> None:
     """What no single key can tell. A value that could not be read is never complained of twice."""
-    metrics = getattr(config.metrics, "address", FAULTY)
-    if metrics is not FAULTY and metrics.transport == "udp":
-        faults.append("metrics.address: metrics are read over HTTP, so not from a udp: address")
+    for key, interface in (("metrics", config.metrics), ("faults", config.faults)):
+        address = getattr(interface, "address", FAULTY)
+        if address is not FAULTY and address.transport == "udp":
+            faults.append(f"{key}.address: {key} are asked for over HTTP, so not at a udp: address")
     names: dict[str, str] = {}
     addresses: dict[Address, str] = {}
     # as written, so that a pool with a fault inside is not called unknown as well

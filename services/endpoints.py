@@ -10,7 +10,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -86,8 +86,23 @@ def open_listeners(
     return listeners
 
 
-def open_metrics(address: Address, inherited: Mapping[str, Sequence[socket.socket]]) -> list[socket.socket]:
-    """The sockets that Prometheus connects to. EndpointError as for a listener."""
+def open_again(listener: Listener) -> Listener:
+    """The listener with new sockets, bound to the addresses it had; to the one requested where it had
+    none yet. EndpointError, and then nothing is left open.
+    """
+    opened: list[socket.socket] = []
+    try:
+        for address in listener.addresses or [listener.requested]:
+            opened += _bind(address)
+    except BaseException:
+        for each in opened:
+            each.close()
+        raise
+    return replace(listener, sockets=opened)
+
+
+def open_interface(address: Address, inherited: Mapping[str, Sequence[socket.socket]]) -> list[socket.socket]:
+    """The sockets of an interface of the daemon's own. EndpointError as for a listener."""
     if address.transport != "systemd":
         return _bind(address)
     sockets = [each.dup() for each in inherited.get(address.host, [])]
@@ -175,7 +190,7 @@ def _reaches(dialled: Address, bound: Address) -> bool:
     return True
 
 
-def exposure(service: Literal["echo", "proxy", "metrics"], address: Address) -> str | None:
+def exposure(service: Literal["echo", "proxy", "metrics", "faults"], address: Address) -> str | None:
     """What listening on this bound address offers to other hosts, in one phrase; None on loopback."""
     host = address.host.removeprefix("::ffff:")
     if address.transport == "unix" or host.startswith("127.") or host == "::1":
@@ -184,6 +199,8 @@ def exposure(service: Literal["echo", "proxy", "metrics"], address: Address) -> 
         return "anyone who can reach it can reach the upstreams through it"
     if service == "metrics":
         return "anyone who can reach it can read the metrics"
+    if service == "faults":
+        return "anyone who can reach it can open ports here and reach other hosts through them"
     if address.transport == "udp":
         return "anyone can have it send datagrams to a forged source address (reflection)"
     return "anyone who can reach it can have it echo data"

@@ -1,24 +1,15 @@
-"""Prometheus metrics: `GET /metrics` over TCP or a UNIX socket, from a thread of its own.
+"""Prometheus metrics: `GET /metrics`, as `web.py` serves it.
 
-A daemon imports this module only if its configuration has [metrics], and hands it bound sockets. One
-thread serves them all; a client that is slow, or talks no HTTP, costs a place among a few until
-its time is up, or until a newer client needs the place. The thread never touches the engine's
-state: it calls `collect`, which asks the engine and waits. An engine that does not answer in time
-is told to Prometheus as 503, so that a loop that hangs shows as a target that is down.
+A daemon imports this module only if its configuration has [metrics]. It never touches the engine's
+state: it calls `collect`, which asks the engine and waits. An engine that does not answer in time is
+told to Prometheus as 503, so that a loop that hangs shows as a target that is down.
 
 Names and units follow Prometheus' conventions. Labels come from the configuration and from closed
 sets, never from clients. Every series carries the engine, the process's own too: a target's labels
 depend on who wrote the scrape configuration, and the three engines are to be compared.
 """
 
-import math
-import re
 import resource
-import select
-import socket
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
@@ -34,208 +25,48 @@ from prometheus_client.registry import Collector
 
 from services.core.service import Snapshot
 from services.core.tally import BOUNDS_US, Histogram
-from services.engines.sockets import EXHAUSTED_PAUSE, Wakeup
-from services.vocabulary import EngineFault, Event
-
-# Prometheus and its relatives hold one connection each; these are for a few of them and some strays.
-MOST_CLIENTS = 16
-# Seconds for a request to come, and again for its answer to be taken. Prometheus gives up after 10.
-PATIENCE = 5.0
-# What follows the answer is read for so long, so that a reset does not overtake it (RFC 9112, 9.6).
-LINGER = 1.0
-# Bytes; Prometheus' own request head has about 400.
-LONGEST_HEAD = 8192
-
-PLAIN = "text/plain; charset=utf-8"
-REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    503: "Service Unavailable",
-}
+from services.web import Request, Response
 
 # Their `le` labels, in seconds.
 _BOUNDS = (*(str(us / 1e6) for us in BOUNDS_US), "+Inf")
 
-# A head is printable ASCII but for its line ends and tabs: nothing else can be smuggled into an answer.
-_HEAD = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r\n((?:[\t -~]+\r\n)*)\r\n")
-_ACCEPT = re.compile(r"^accept[ \t]*:(.*)\r$", re.IGNORECASE | re.MULTILINE)
 
+class Metrics:
+    """Answers Prometheus.
 
-class _Client:
-    """One connection: its request is read, its answer is written, its end is awaited."""
-
-    __slots__ = ("answer", "deadline", "request", "sock")
-
-    def __init__(self, sock: socket.socket, now: float) -> None:
-        self.sock = sock
-        self.request = b""
-        # None while the request is read; what is left to write; empty when all was written
-        self.answer: memoryview | None = None
-        self.deadline = now + PATIENCE
-
-
-class MetricsServer:
-    """Args:
-    sockets: bound, listening, non-blocking; closed at the end of the thread.
-    collect: called in this server's thread. TimeoutError means that the engine gave no answer.
-    emit: where a fault of this server is told.
-    engine, instance: as in the log's envelope.
-    started: when the process began, in seconds since 1970.
-    reloads: how many reloads ended in each way so far; read, never written.
+    Args:
+        collect: asks the engine. TimeoutError means that it gave no answer.
+        engine, instance: as in the log's envelope.
+        started: when the process began, in seconds since 1970.
+        reloads: how many reloads ended in each way so far; read, never written.
 
     """
 
     def __init__(
         self,
-        sockets: Sequence[socket.socket],
         collect: Callable[[], Snapshot],
         *,
-        emit: Callable[[Event], None],
         engine: str,
         instance: str,
         started: float,
         reloads: Mapping[str, int],
     ) -> None:
-        self._listeners = {sock.fileno(): sock for sock in sockets}
         self._collect = collect
-        self._emit = emit
         self._identity = {"engine": engine, "unit": instance, "version": version("triptych")}
         self._started = started
         self._reloads = reloads
-        self._closing = Wakeup()
-        # oldest first, by descriptor
-        self._clients: dict[int, _Client] = {}
-        self._accept_at = 0.0
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        """Ends the thread, which closes the sockets. A `collect` that still waits is left behind."""
-        self._closing.wake()
-        self._thread.join(LINGER)
-
-    def _run(self) -> None:
-        closing = self._closing.fileno()
-        while True:
-            ready = self._ready()
-            if closing in ready:
-                break
-            now = time.monotonic()
-            for descriptor in ready:
-                if descriptor in self._listeners:
-                    self._accept(self._listeners[descriptor], now)
-                elif descriptor in self._clients:  # it may have made room for a newer one just now
-                    self._serve(self._clients[descriptor], now)
-            for client in [each for each in self._clients.values() if each.deadline <= now]:
-                self._drop(client)
-        for sock in (*self._listeners.values(), *(client.sock for client in self._clients.values())):
-            sock.close()
-        self._closing.close()
-
-    def _ready(self) -> list[int]:
-        """The descriptors that something can be done with; waits for one, or for a deadline."""
-        poll = select.poll()
-        poll.register(self._closing, select.POLLIN)
-        now = time.monotonic()
-        deadlines = [client.deadline for client in self._clients.values()]
-        if self._accept_at <= now:
-            for descriptor in self._listeners:
-                poll.register(descriptor, select.POLLIN)
-        else:
-            deadlines.append(self._accept_at)
-        for descriptor, client in self._clients.items():
-            poll.register(descriptor, select.POLLOUT if client.answer else select.POLLIN)
-        wait = max(0, math.ceil((min(deadlines) - now) * 1000)) if deadlines else None
-        return [descriptor for descriptor, _ in poll.poll(wait)]
-
-    def _accept(self, listener: socket.socket, now: float) -> None:
+    def respond(self, request: Request) -> Response:
+        if request.path != "/metrics":
+            return Response(404, "the metrics are at /metrics\n")
+        if request.method not in {"GET", "HEAD"}:
+            return Response(405, "metrics can only be read\n", allow="GET, HEAD")
         try:
-            sock, _ = listener.accept()
-        except BlockingIOError:  # another process with the same socket was faster
-            return
-        except OSError:  # no descriptor to be had, or the client is gone: a pause is right for both
-            self._accept_at = now + EXHAUSTED_PAUSE
-            return
-        sock.setblocking(False)
-        if len(self._clients) == MOST_CLIENTS:
-            self._drop(next(iter(self._clients.values())))
-        self._clients[sock.fileno()] = _Client(sock, now)
-
-    def _drop(self, client: _Client) -> None:
-        del self._clients[client.sock.fileno()]
-        client.sock.close()
-
-    def _serve(self, client: _Client, now: float) -> None:
-        """The one step that can be done without waiting."""
-        try:
-            if client.answer:
-                client.answer = client.answer[client.sock.send(client.answer) :]
-                if not client.answer:
-                    client.sock.shutdown(socket.SHUT_WR)
-                    client.deadline = now + LINGER
-                return
-            data = client.sock.recv(LONGEST_HEAD)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(client)
-        elif client.answer is None:
-            client.request += data
-            head, end, _ = client.request.partition(b"\r\n\r\n")
-            if end or len(client.request) > LONGEST_HEAD:
-                client.answer = memoryview(self._answer(head + end))
-                client.deadline = time.monotonic() + PATIENCE  # collecting may have taken a while
-
-    # The answer ---------------------------------------------------------------------------------
-
-    def _answer(self, head: bytes) -> bytes:
-        """The whole HTTP response to a request's head, which may be anything."""
-        if len(head) > LONGEST_HEAD:
-            return _response(431, f"a request's head may have {LONGEST_HEAD} bytes\n")
-        request = _HEAD.fullmatch(head)
-        if request is None:
-            return _response(400, "this is no HTTP/1 request\n")
-        method, target, fields = (part.decode("ascii") for part in request.groups())
-        if target.partition("?")[0] != "/metrics":
-            return _response(404, "the metrics are at /metrics\n")
-        if method not in {"GET", "HEAD"}:
-            return _response(405, "metrics can only be read\n", extra="Allow: GET, HEAD\r\n")
-        accept = ",".join(_ACCEPT.findall(fields))
-        try:
-            text, kind = self._exposition(accept)
-        except TimeoutError:
-            return _response(503, "the engine gave no answer in time\n", method)
-        except Exception as error:  # noqa: BLE001  a bug of ours costs one answer, not the thread
-            self._emit(EngineFault(session=None, error=repr(error), traceback=traceback.format_exc()))
-            return _response(500, "this is a fault of the daemon; its log has more\n", method)
-        return _response(200, text, method, kind)
-
-    def _exposition(self, accept: str) -> tuple[bytes, str]:
-        try:
-            encode, kind = choose_encoder(accept)
+            encode, kind = choose_encoder(request.fields.get("accept", ""))
         except (TypeError, ValueError):  # versions and schemes that nobody ever heard of
             encode, kind = choose_encoder("")
         families = _Families(self._collect(), self._identity, self._started, self._reloads)
-        return encode(families), kind
-
-
-def _response(
-    status: int, body: str | bytes, method: str = "GET", kind: str = PLAIN, extra: str = ""
-) -> bytes:
-    content = body.encode() if isinstance(body, str) else body
-    head = (
-        f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {kind}\r\n"
-        f"Content-Length: {len(content)}\r\n{extra}Connection: close\r\n\r\n"
-    )
-    return head.encode("ascii") + (b"" if method == "HEAD" else content)
+        return Response(200, encode(families), kind)
 
 
 class _Families(Collector):

@@ -24,7 +24,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from scraping import PATIENCE, SCRAPE, answer, ask, connect, series, value
 
-from services import metrics
+from services import web
 from services.core.addresses import Address
 from services.core.admission import Limits
 from services.core.record import CLIENT, Loss, Reason
@@ -32,8 +32,9 @@ from services.core.service import Gauges, Policy, Service, Snapshot
 from services.core.session import Dialled, Lost, Timeouts
 from services.core.tally import BOUNDS_US
 from services.core.upstreams import Pool, Upstream
-from services.metrics import MetricsServer
+from services.metrics import Metrics
 from services.vocabulary import EngineFault, Event
+from services.web import WebServer
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,15 +128,14 @@ class Stage:
         self.collect = collect
         self.said: list[Event] = []
         sock.setblocking(False)
-        self.server = MetricsServer(
-            [sock],
+        metrics = Metrics(
             lambda: self.collect(),  # noqa: PLW0108  a test may set another one meanwhile
-            emit=self.said.append,
             engine="twisted",
             instance="front",
             started=1_700_000_000.0,
             reloads={"accepted": 4, "refused": 1},
         )
+        self.server = WebServer("metrics", [sock], metrics.respond, self.said.append)
         self.server.start()
 
 
@@ -270,7 +270,7 @@ def test_no_wish_for_a_format_goes_unanswered(any_wish: Stage, accept: str, pref
 @given(garbage=st.binary(max_size=300))
 @settings(max_examples=200, deadline=None)
 def test_garbage_does_not_disturb(any_wish: Stage, garbage: bytes) -> None:
-    assert ask(any_wish.where, garbage + b"\r\n\r\n").status in metrics.REASONS
+    assert ask(any_wish.where, garbage + b"\r\n\r\n").status in web.REASONS
     assert any_wish.said == []
 
 
@@ -305,18 +305,18 @@ def test_a_client_that_ended_its_own_side_is_answered(stage: Stage) -> None:
 def test_silent_clients_make_room_for_one_that_asks(stage: Stage) -> None:
     threads = threading.active_count()
     with ExitStack() as stack:
-        silent = [stack.enter_context(connect(stage.where)) for _ in range(3 * metrics.MOST_CLIENTS)]
+        silent = [stack.enter_context(connect(stage.where)) for _ in range(3 * web.MOST_CLIENTS)]
         began = time.monotonic()
         assert ask(stage.where).status == 200
-        assert time.monotonic() - began < metrics.PATIENCE / 2
+        assert time.monotonic() - began < web.PATIENCE / 2
         assert threading.active_count() == threads
         # the oldest were sent away for it, before their time was up
         assert silent[0].recv(1) == b""
-        assert time.monotonic() - began < metrics.PATIENCE / 2
+        assert time.monotonic() - began < web.PATIENCE / 2
 
 
 def test_a_slow_client_is_sent_away_in_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "PATIENCE", 0.3)
+    monkeypatch.setattr(web, "PATIENCE", 0.3)
     with connect(stage.where) as client:
         client.sendall(b"GET /metrics HTTP/1.1\r\n")
         began = time.monotonic()
@@ -329,7 +329,7 @@ def test_a_slow_client_is_sent_away_in_time(stage: Stage, monkeypatch: pytest.Mo
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "PATIENCE", 1.0)
+    monkeypatch.setattr(web, "PATIENCE", 1.0)
     service = worked_service()
     for number in range(1200):
         service.tally(f"listener {number}", "proxy", "tcp")

@@ -9,6 +9,7 @@ would answer with a path or a host name of this machine. What is said is the sam
 dates and random keys; the timing is that of the machine.
 """
 
+import io
 import random
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from comparisons.recordings.format import SUFFIX, Recording, encode
+from comparisons.recordings.format import SUFFIX, VERSION, Header, decode
+from comparisons.recordings.keeper import Keeper
 from comparisons.recordings.recorder import Recorder
 from services.core.addresses import Address
 
@@ -59,11 +61,20 @@ PROMPT = (
 )
 
 
-def redis(folder: Path) -> Recording:
+def redis(folder: Path) -> bytes:
     """redis-cli as people use it, and redis-benchmark with few connections, plain and pipelined."""
     port = _free_port()
     server = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
-    with _running([*server, "--save", "", "--appendonly", "no"], port), _recording(port) as (recorder, front):
+    header = Header(
+        VERSION,
+        "redis-cli sessions and redis-benchmark runs",
+        _version("redis-cli"),
+        " ".join(_version("redis-server").split()[:3]),
+    )
+    with (
+        _running([*server, "--save", "", "--appendonly", "no"], port),
+        _recording(port, header) as (file, front),
+    ):
         cli = ["redis-cli", "-h", "127.0.0.1", "-p", str(front)]
 
         # a session at the prompt begins with the documentation of every command: 170 KB, so it is asked once
@@ -95,11 +106,10 @@ def redis(folder: Path) -> Recording:
         _run([*benchmark, "-c", "4", "-n", "2000", "-P", "16", "-t", "set,get"])
         _run([*benchmark, "-c", "2", "-n", "40", "-d", "4096", "-t", "set,get"])
         time.sleep(0.2)
-    client, server_version = _version("redis-cli"), " ".join(_version("redis-server").split()[:3])
-    return recorder.recording("redis-cli sessions and redis-benchmark runs", client, server_version)
+    return file.getvalue()
 
 
-def http(folder: Path) -> Recording:
+def http(folder: Path) -> bytes:
     """Curl with kept-alive connections against static files of nginx."""
     port = _free_port()
     site = folder / "site"
@@ -118,7 +128,9 @@ def http(folder: Path) -> Recording:
         f"  server {{ listen 127.0.0.1:{port}; root {site}; location /form {{ return 204; }} }} }}\n"
     )
     server = ["nginx", "-c", str(settings), "-e", "stderr", "-g", "master_process off;"]
-    with _running(server, port), _recording(port) as (recorder, front):
+    client = " ".join(_version("curl").split()[:2])
+    header = Header(VERSION, "kept-alive requests for static files", client, _version("nginx"))
+    with _running(server, port), _recording(port, header) as (file, front):
         home = f"http://127.0.0.1:{front}/"
         # curl keeps the connection for every address of one command line, and for what follows --next
         curl = ["curl", "--silent", "--show-error", "--output", "/dev/null"]
@@ -130,8 +142,7 @@ def http(folder: Path) -> Recording:
         _run([*curl, "--http1.0", home])
         _run([*curl, "--parallel", f"{home}?part=[1-3]", f"{home}style.css"])
         time.sleep(0.2)
-    client = " ".join(_version("curl").split()[:2])
-    return recorder.recording("kept-alive requests for static files", client, _version("nginx"))
+    return file.getvalue()
 
 
 def prose(size: int, seed: int) -> bytes:
@@ -165,14 +176,16 @@ def _running(command: list[str], port: int) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(upstream: int) -> Iterator[tuple[Recorder, int]]:
-    """A recorder in front of a port, and the port it listens on."""
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        recorder = Recorder(listener, Address("tcp", "127.0.0.1", upstream), seconds=60)
+def _recording(upstream: int, header: Header) -> Iterator[tuple[io.BytesIO, int]]:
+    """A recorder in front of a port: what it writes, whole once the block has ended, and where it listens."""
+    file = io.BytesIO()
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener, Keeper(file, header) as keeper:
+        listener.setblocking(False)
+        recorder = Recorder([listener], [Address("tcp", "127.0.0.1", upstream)], keeper)
         thread = threading.Thread(target=recorder.serve)
         thread.start()
         try:
-            yield recorder, listener.getsockname()[1]
+            yield file, listener.getsockname()[1]
         finally:
             recorder.stop()
             thread.join()
@@ -198,13 +211,12 @@ def _version(program: str) -> str:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m comparisons.recordings.capture DIRECTORY")
-    captures: dict[str, Callable[[Path], Recording]] = {"redis": redis, "http": http}
+    captures: dict[str, Callable[[Path], bytes]] = {"redis": redis, "http": http}
     for name, capture in captures.items():
         with tempfile.TemporaryDirectory() as folder:
-            recording = capture(Path(folder))
-        data = encode(recording.header, recording.conversations)
+            data = capture(Path(folder))
         (Path(sys.argv[1]) / f"{name}{SUFFIX}").write_bytes(data)
-        print(f"{name}: {len(recording.conversations)} conversations, {len(data)} bytes")  # noqa: T201  the answer
+        print(f"{name}: {len(decode(data).conversations)} conversations, {len(data)} bytes")  # noqa: T201  the answer
 
 
 if __name__ == "__main__":

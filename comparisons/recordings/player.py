@@ -28,19 +28,14 @@ from typing import Literal
 
 import msgspec
 
-from comparisons.recordings.format import Conversation, Recording, Side
+from comparisons.recordings.format import Recording, Side
+from comparisons.recordings.script import CLIENT, DATA, END, RESET, SERVER, SIDES, Script, alike
 from services.core.addresses import Address
 
-CLIENT, SERVER = 0, 1
-SIDES: tuple[Side, Side] = ("client", "server")
 # seconds from a connection to the proxy until the listener has to see one from it
 OPENING_LIMIT = 10.0
 FAULTS_KEPT = 100
 _BUFFER = 1 << 18
-
-# what a step is
-DATA, END, RESET = 0, 1, 2
-KINDS = {"data": DATA, "end": END, "reset": RESET}
 
 What = Literal[
     "not opened", "mismatch", "ended early", "reset", "end instead of reset", "deadline", "stranger"
@@ -114,43 +109,6 @@ def play(
         player.selector.close()
 
 
-class _Script:
-    """A conversation, prepared for playing: what each side says as one string, and for each step where in it
-    it ends, so that a step is a comparison of numbers while it is played.
-    """
-
-    __slots__ = ("answers", "following", "kinds", "marks", "sides", "start", "streams", "whens")
-
-    def __init__(self, conversation: Conversation) -> None:
-        steps = conversation.steps
-        self.start = conversation.start_us
-        self.whens = [each.when_us for each in steps]
-        self.sides = [SIDES.index(each.who) for each in steps]
-        self.kinds = [KINDS[each.what] for each in steps]
-        streams = (bytearray(), bytearray())
-        self.marks: list[int] = []
-        for step, side in zip(steps, self.sides, strict=True):
-            streams[side].extend(step.data)
-            self.marks.append(len(streams[side]))
-        self.streams = (bytes(streams[CLIENT]), bytes(streams[SERVER]))
-        # following[side][i]: the first step of that side at or after i; the number of steps if there is none
-        self.following = tuple([len(steps)] * (len(steps) + 1) for _ in SIDES)
-        # whether step i is the last of an answer: server's data after client's, up to the client's next data
-        self.answers = [False] * len(steps)
-        last_of_answer = True
-        for index in reversed(range(len(steps))):
-            for side in (CLIENT, SERVER):
-                here = self.sides[index] == side
-                self.following[side][index] = index if here else self.following[side][index + 1]
-            if self.kinds[index] == DATA:
-                self.answers[index] = self.sides[index] == SERVER and last_of_answer
-                last_of_answer = self.sides[index] == CLIENT
-        for index in range(len(steps)):
-            if self.kinds[index] == DATA and self.sides[index] == CLIENT:
-                break
-            self.answers[index] = False  # nobody has asked yet
-
-
 class _End:
     """One side of a conversation that is being played: a socket, what it has sent and what it has heard."""
 
@@ -199,7 +157,7 @@ class _Play:
 
     __slots__ = ("asked_at", "client", "due", "index", "over", "repeat", "script", "server")
 
-    def __init__(self, script: _Script, index: int, repeat: int, due: float) -> None:
+    def __init__(self, script: Script, index: int, repeat: int, due: float) -> None:
         self.script, self.index, self.repeat, self.due = script, index, repeat, due
         self.client, self.server = _End(self, CLIENT), _End(self, SERVER)
         self.client.peer, self.server.peer = self.server, self.client
@@ -220,7 +178,7 @@ class _Player:
         seconds: float | None,
         deadline: float,
     ) -> None:
-        self.scripts = [_Script(each) for each in recording.conversations]
+        self.scripts = [Script(each, recording.first_us) for each in recording.conversations]
         self.length = recording.duration_us
         self.connect, self.listener = connect, listener
         self.speed, self.concurrency = speed, concurrency
@@ -447,7 +405,7 @@ class _Player:
         heard, awaited = end.heard, end.awaited
         data = self.view[:count]
         if heard + count > peer.sent or not end.to_hear.startswith(data, heard):
-            end.heard += _alike(data, end.to_hear[heard : peer.sent])
+            end.heard += alike(data, end.to_hear[heard : peer.sent])
             self._fail(end, "mismatch", f"among {count} bytes read from byte {heard} on")
             return
         end.heard = heard = heard + count
@@ -577,9 +535,3 @@ def _prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _alike(data: memoryview, wanted: bytes) -> int:
-    """How many first bytes of both are equal."""
-    length = min(len(data), len(wanted))
-    return next((index for index in range(length) if data[index] != wanted[index]), length)

@@ -1,257 +1,270 @@
-"""A small recording proxy: it listens, dials, relays both ways with half-close and resets, and keeps what
-was said and when.
+"""A recording proxy: it accepts, dials, passes bytes on both ways with half-close and resets, and hands
+what was said, and when, to a keeper.
 
-    python -m comparisons.recordings.recorder --listen 127.0.0.1:7000 --upstream 127.0.0.1:6379 --out FILE
+It changes nothing in what it passes on, and a stalled reader stops its sender as it would directly: beyond
+the kernel's buffers a direction holds `BUFFER` bytes. A step is noted when it is read, before it is passed
+on, so an answer always follows its question. What is not here: engines, pools, limits, timeouts. One
+loop with non-blocking sockets is the least that stands between two programs that are to be listened to.
 
-It runs until Ctrl-C, SIGTERM, or a bound on time or size, then cuts what is still open, keeps it as far as
-it went, and writes the file. Two threads a connection, blocking calls: a recorder has to be right, and
-then quick enough not to be noticed by the software it listens to. It changes nothing in what it relays
-and keeps everything, passwords included: record only what may be seen.
-
-A step is written down before it is passed on, so an answer always follows its question, and gets the
-time at which it was read here, in microseconds.
+When it stops, open sessions go on: they are cut only after the drain time of a daemon, and a cap on what is
+kept cuts nobody.
 """
 
 import contextlib
-import select
-import signal
 import socket
-import struct
-import threading
-import time
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
+from time import monotonic, monotonic_ns
+from typing import Any
 
-import click
-
-from comparisons.recordings.format import VERSION, Conversation, Header, Recording, Side, Step, encode
+from comparisons.recordings.format import Side, Step
+from comparisons.recordings.keeper import Keeper
+from comparisons.recordings.loop import Loop, Stream, name_of
 from services.core.addresses import Address
+from services.core.session import Timeouts
+from services.endpoints import BACKLOG
 
-DIAL_LIMIT = 5.0  # seconds
-_CHUNK = 1 << 16
+BUFFER = 1 << 18  # bytes that wait for one peer before the other is no longer read
+PART = 1 << 16  # bytes of a conversation that are handed to the keeper together
+FLUSH = 1.0  # seconds after which they are handed over all the same
+STEP_BYTES = 32  # counted for a step beside its bytes, so that many small ones meet the cap as well
+
+OTHER: dict[Side, Side] = {"client": "server", "server": "client"}
 
 
 class Recorder:
-    """Records what passes from `listener`, a listening stream socket, to `upstream` (an IP literal or a
-    UNIX path). `serve` returns after `stop` was called, or `seconds`, or `size` bytes of content.
+    """Records what passes from `listeners` to the first of `upstreams` that can be dialled. `serve` returns once
+    it was stopped (`stop`, a cap, or `sessions` of them) and the open sessions have ended. `say` gets a
+    line when something stops it.
     """
 
     def __init__(
-        self, listener: socket.socket, upstream: Address, *, seconds: float = 3600.0, size: int = 64 << 20
+        self,
+        listeners: Sequence[socket.socket],
+        upstreams: Sequence[Address],
+        keeper: Keeper,
+        *,
+        most_bytes: int = 64 << 20,
+        most_time: float = 3600.0,
+        sessions: int | None = None,
+        say: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        listener.setblocking(False)
-        self._listener, self._upstream = listener, upstream
-        self._seconds, self._room = seconds, size
-        self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._open: set[_Conversation] = set()
-        self._kept: list[_Conversation] = []
+        self.loop = Loop()
+        self.listeners, self.upstreams = listeners, upstreams
+        self.keeper: Keeper | None = keeper  # while something is kept
+        self.room = most_bytes
+        self.most_time = most_time
+        self.sessions = sessions
+        self.say = say
+        self.open: set[_Session] = set()
+        self.begun = 0  # sessions that have reached the upstream
+        self.cut = 0  # sessions that were open when the drain time was over
         self.unreachable = 0  # clients that were turned away because the upstream could not be dialled
+        self.first_ns = monotonic_ns()
+        self._accepting = False
+        self._stopping = False
+        self._asked = False
 
     def stop(self) -> None:
-        self._stopping.set()
+        """From any thread: accept no more, and end with the open sessions; called again, cut them."""
+        self.loop.post(self._stop)
+
+    def stop_keeping(self, why: str) -> None:
+        """Nothing more is kept, the file is ended, nobody is accepted; sessions go on as long as they want."""
+        if not self.keeper:
+            return
+        keeper, self.keeper = self.keeper, None
+        for session in self.open:
+            session.flush(keeper)
+        keeper.finish()
+        self._stopping = True
+        self.accept()
+        self.say(f"recording has stopped: {why}; sessions go on until they end")
 
     def serve(self) -> None:
-        deadline = time.monotonic() + self._seconds
-        threads: list[threading.Thread] = []
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        while not self._stopping.is_set() and time.monotonic() < deadline:
-            if not poll.poll(50):
-                continue
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                continue  # it was reset while it waited, or somebody else took it
-            threads = [each for each in threads if each.is_alive()]
-            threads.append(threading.Thread(target=self._record, args=(client,)))
-            threads[-1].start()
-        with self._lock:
-            self._stopping.set()
-            for each in self._open:
-                each.cut()
-        for thread in threads:
-            thread.join()
-
-    def recording(self, title: str, client: str, server: str) -> Recording:
-        """What was recorded so far; conversations that have begun since their start at 0."""
-        with self._lock:
-            kept = sorted(self._kept, key=lambda each: each.start)
-        first = kept[0].start if kept else 0
-        return Recording(
-            Header(VERSION, title, client, server),
-            [Conversation((each.start - first) // 1000, list(each.steps)) for each in kept],
-        )
-
-    def took(self, count: int) -> None:
-        """`count` more bytes are kept. Without a lock: two at once may let a chunk more in."""
-        self._room -= count
-        if self._room < 0:
-            self._stopping.set()
-
-    def _record(self, client: socket.socket) -> None:
-        start = time.monotonic_ns()
         try:
-            server = _dial(self._upstream)
-        except OSError:
-            self.unreachable += 1
-            client.close()
+            self.first_ns = monotonic_ns()
+            now = monotonic()
+            self.loop.at(now + self.most_time, lambda: self.stop_keeping("--most-time is over"))
+            self.loop.at(now + FLUSH, self._flush)
+            self.accept()
+            self.loop.run(lambda: not (self._accepting or self.open))
+        finally:
+            self.loop.close()
+
+    def accept(self) -> None:
+        """Accept or do not, as things stand."""
+        full = self.sessions is not None and self.begun + self._dialling >= self.sessions
+        wanted = not (self._stopping or full)
+        if wanted != self._accepting:
+            self._accepting = wanted
+            for listener in self.listeners:
+                if wanted:
+                    self.loop.listen(listener, self._accepted)
+                else:
+                    self.loop.watch(listener, 0, lambda _mask: None)
+        if self._stopping or (self.sessions is not None and self.begun >= self.sessions):
+            self._end_listening()
+
+    def _end_listening(self) -> None:
+        """Whoever waits in the backlog is taken, unless there are sessions enough; later ones are refused."""
+        listeners, self.listeners = self.listeners, []
+        for listener in listeners:
+            with contextlib.suppress(OSError):
+                for _ in range(BACKLOG):  # more than that have come meanwhile, and others will
+                    if self.sessions is not None and self.begun + self._dialling >= self.sessions:
+                        break
+                    _Session(self, *listener.accept()).dial()
+            listener.close()
+
+    @property
+    def _dialling(self) -> int:
+        return sum(session.dialling for session in self.open)
+
+    def _accepted(self, sock: socket.socket, peer: Any) -> None:
+        _Session(self, sock, peer).dial()
+        self.accept()
+
+    def _stop(self) -> None:
+        if self._asked:
+            self._cut()
             return
-        for sock in (client, server):
-            sock.setblocking(True)
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        conversation = _Conversation(self, start, client, server)
-        with self._lock:
-            self._kept.append(conversation)
-            self._open.add(conversation)
-            if self._stopping.is_set():
-                conversation.cut()
-        conversation.run()
-        with self._lock:
-            self._open.discard(conversation)
-        conversation.close()
+        self._asked = self._stopping = True
+        self.accept()
+        self.loop.at(monotonic() + Timeouts().drain, self._cut)
+
+    def _cut(self) -> None:
+        self.cut = len(self.open)
+        for session in list(self.open):
+            session.cut()
+
+    def _flush(self) -> None:
+        self.loop.at(monotonic() + FLUSH, self._flush)
+        if self.keeper and self.keeper.failure:
+            self.stop_keeping(self.keeper.failure.strerror or "the file cannot be written")
+        elif self.keeper:
+            for session in self.open:
+                session.flush(self.keeper)
 
 
-class _Conversation:
-    """One connection and its two directions. A direction belongs to the thread that reads it."""
+class _Session:
+    """One client and its upstream."""
 
-    def __init__(self, recorder: Recorder, start: int, client: socket.socket, server: socket.socket) -> None:
-        self.recorder, self.start = recorder, start
-        self.steps: list[Step] = []
-        self.sockets: dict[Side, socket.socket] = {"client": client, "server": server}
-        self.lock = threading.Lock()
-        self.ended: set[Side] = set()  # sides whose end was read
-        self.gone: set[Side] = set()  # sides that could not be written to any more
-        self.over = False  # reset or cut: nothing more is written down
-        self.reset = False
+    def __init__(self, recorder: Recorder, sock: socket.socket, peer: Any) -> None:
+        self._recorder = recorder
+        self._start_ns = monotonic_ns()
+        self._peer = name_of(peer)
+        self._number = 0
+        self._steps: list[Step] = []
+        self._size = 0
+        self._reset = False
+        self.dialling = True
+        recorder.open.add(self)
+        # its end waits in the kernel until there is somebody to tell it to; its reset is looked for
+        self._streams: dict[Side, Stream] = {"client": Stream(recorder.loop, sock, self, paused=True)}
+        self._cancel: Callable[[], None] = lambda: None
 
-    def run(self) -> None:
-        other = threading.Thread(target=self._relay, args=("server", "client"))
-        other.start()
-        self._relay("client", "server")
-        other.join()
+    def dial(self) -> None:
+        self._cancel = self._recorder.loop.dial(self._recorder.upstreams, self._dialled)
 
     def cut(self) -> None:
-        """Stop in the middle. Wakes both threads, also from a blocked send."""
-        with self.lock:
-            self.over = True
-        self._wake(socket.SHUT_RDWR)
+        self._cancel()
+        self._close(reset=True)
 
-    def close(self) -> None:
-        for sock in self.sockets.values():
-            if self.reset:
-                with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.close()
+    def flush(self, keeper: Keeper) -> None:
+        """Hand over what was noted."""
+        if self._steps:
+            keeper.add(self._number, self._steps)
+            self._steps, self._size = [], 0
 
-    def _relay(self, source: Side, target: Side) -> None:
-        while True:
-            try:
-                data = self.sockets[source].recv(_CHUNK)
-            except OSError:
-                self._was_reset(source)
-                return
-            if not data:
-                # the kernel tells of a reset once: if a send heard of it, reading ends like this
-                if not self._note(source, data):
-                    self._was_reset(source)
-                    return
-                with contextlib.suppress(OSError):
-                    self.sockets[target].shutdown(socket.SHUT_WR)
-                return
-            if not self._note(source, data):
-                return
-            try:
-                self.sockets[target].sendall(data)
-            except OSError:
-                # what the target said before it went is still to be read, by the other thread
-                with self.lock:
-                    self.gone.add(target)
-                    read_out = target in self.ended
-                if read_out:
-                    self._was_reset(target)
-                return
+    def heard(self, stream: Stream, data: bytes) -> None:
+        who = self._who(stream)
+        self._note(who, data)
+        other = self._streams[OTHER[who]]
+        other.send(data)
+        if other.pending > BUFFER:
+            stream.pause()
 
-    def _note(self, who: Side, data: bytes) -> bool:
-        """Write down what was read. False if there is nothing to pass on."""
-        with self.lock:
-            if self.over or (not data and who in self.gone):
-                return False
-            self.steps.append(Step(self._when(), who, "data" if data else "end", data))
-            if not data:
-                self.ended.add(who)
-        self.recorder.took(len(data))
-        return True
+    def drained(self, stream: Stream) -> None:
+        other = self._streams[OTHER[self._who(stream)]]
+        if self._reset:
+            self._close(reset=True)
+        elif not other.closed:
+            other.resume()
+            self._settle()
 
-    def _was_reset(self, who: Side) -> None:
-        with self.lock:
-            if not self.over:
-                self.steps.append(Step(self._when(), who, "reset"))
-                self.over = self.reset = True
-        # the other direction may be waiting for bytes that no longer matter; SHUT_WR would say FIN first
-        self._wake(socket.SHUT_RD)
+    def ended(self, stream: Stream) -> None:
+        who = self._who(stream)
+        self._note(who, b"")
+        self._streams[OTHER[who]].end()
+        self._settle()
 
-    def _when(self) -> int:
-        return (time.monotonic_ns() - self.start) // 1000
+    def lost(self, stream: Stream, error: OSError) -> None:  # noqa: ARG002  a reset is a reset
+        if self.dialling:
+            self.cut()
+            return
+        who = self._who(stream)
+        self._note(who, None)
+        self._reset = True
+        # what a side had said before its end is still delivered
+        if not (stream.told and self._streams[OTHER[who]].pending):
+            self._close(reset=True)
 
-    def _wake(self, how: int) -> None:
-        for sock in self.sockets.values():
-            with contextlib.suppress(OSError):
-                sock.shutdown(how)
+    def _dialled(self, found: socket.socket | OSError) -> None:
+        recorder = self._recorder
+        self.dialling = False
+        if isinstance(found, OSError):
+            recorder.unreachable += 1
+            self._close(reset=False)
+            return
+        self._number = recorder.begun
+        recorder.begun += 1
+        if recorder.keeper:
+            server = ""
+            with contextlib.suppress(OSError):  # it has reset the connection already
+                server = name_of(found.getpeername())
+            start_us = (self._start_ns - recorder.first_ns) // 1000
+            recorder.keeper.begin(self._number, start_us, self._peer, server)
+        self._streams["server"] = Stream(recorder.loop, found, self)
+        self._streams["client"].resume()
+        recorder.accept()
 
+    def _who(self, stream: Stream) -> Side:
+        return "client" if stream is self._streams["client"] else "server"
 
-def _dial(upstream: Address) -> socket.socket:
-    if upstream.transport == "unix":
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.settimeout(DIAL_LIMIT)
-            sock.connect(upstream.host)
-        except OSError:
-            sock.close()
-            raise
-        return sock
-    return socket.create_connection((upstream.host, upstream.port), DIAL_LIMIT)
+    def _note(self, who: Side, data: bytes | None) -> None:
+        """Data, an end (no bytes) or a reset (None)."""
+        recorder = self._recorder
+        if not recorder.keeper or self._reset:
+            return
+        when_us = (monotonic_ns() - self._start_ns) // 1000
+        size = len(data or b"") + STEP_BYTES
+        if size > recorder.room:
+            recorder.stop_keeping("--most-bytes are kept")
+            return
+        recorder.room -= size
+        what = "reset" if data is None else "data" if data else "end"
+        self._steps.append(Step(when_us, who, what, data or b""))  # type: ignore[arg-type]  # one of the three
+        self._size += size
+        if self._size >= PART:
+            self.flush(recorder.keeper)
 
+    def _settle(self) -> None:
+        """Close once both ends were passed on."""
+        if all(stream.told and not stream.pending for stream in self._streams.values()):
+            self._close(reset=False)
 
-@click.command()
-@click.option("--listen", "listen", required=True, metavar="HOST:PORT", help="Where clients connect.")
-@click.option("--upstream", "upstream", required=True, metavar="HOST:PORT", help="The real server.")
-@click.option("--out", "out", required=True, type=click.File("wb", lazy=False), help="The file to write.")
-@click.option("--title", default="", help="What is recorded, in a few words.")
-@click.option("--client", default="", help="The client's software and version.")
-@click.option("--server", default="", help="The server's software and version.")
-@click.option("--seconds", default=3600.0, show_default=True, help="Stop after this long.")
-@click.option("--size", default=64 << 20, show_default=True, help="Stop after this many bytes.")
-def main(
-    *,
-    listen: str,
-    upstream: str,
-    out: BinaryIO,
-    title: str,
-    client: str,
-    server: str,
-    seconds: float,
-    size: int,
-) -> None:
-    """Record what passes from --listen to --upstream until Ctrl-C."""
-    try:
-        where, target = Address.parse(listen), Address.parse(upstream)
-        family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-        listener = socket.create_server((where.host, where.port), family=family, backlog=1024)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    with listener:
-        recorder = Recorder(listener, target, seconds=seconds, size=size)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: recorder.stop())
-        recorder.serve()
-    recording = recorder.recording(title, client, server)
-    out.write(encode(recording.header, recording.conversations))
-    click.echo(
-        f"{len(recording.conversations)} conversations, {recording.bytes_c2s} bytes from clients, "
-        f"{recording.bytes_s2c} from servers, {recorder.unreachable} clients turned away"
-    )
-
-
-if __name__ == "__main__":
-    main()
+    def _close(self, *, reset: bool) -> None:
+        recorder = self._recorder
+        if self not in recorder.open:
+            return
+        for stream in self._streams.values():
+            if reset:
+                stream.reset()
+            else:
+                stream.close()
+        recorder.open.discard(self)
+        self.dialling = False
+        if recorder.keeper and "server" in self._streams:
+            self.flush(recorder.keeper)
+            recorder.keeper.end(self._number)
+        recorder.accept()

@@ -71,7 +71,7 @@ class Latency(Fault, frozen=True, kw_only=True, tag="latency"):
 
 
 class Bandwidth(Fault, frozen=True, kw_only=True, tag="bandwidth"):
-    """`rate`: bytes a second."""
+    """`rate`: bytes a second; with 0 everything waits for other faults."""
 
     rate: int
 
@@ -254,7 +254,8 @@ class Line:
             piece, rest = chunk[:size], chunk[size:]
             due = max(at, self._left_at)
             if self._rate is not None:
-                due = self._free_at = max(due, self._free_at) + size / self._rate
+                takes = size / self._rate if self._rate else NEVER
+                due = self._free_at = max(due, self._free_at) + takes
             if len(rest):
                 # the next slice keeps its distance from this one
                 pause = self._slicer.delay if self._slicer else 0.0

@@ -261,10 +261,11 @@ class Engine:
                     self._spawn(session, self._dial, action)
                 case SendEnd(side):
                     self._half_close(legs[side])
-                case Close():
-                    pass  # by the last thread out
+                case Close(side):
+                    if any(relay.finished_at is None for relay in session.relays):
+                        self._close(legs[side])
                 case Abort(side):
-                    self._close(legs[side])
+                    self._close(legs[side], reset=True)
                 case Cancel(attempt):
                     self._cancel(session, attempt)
                 case Probe(side):
@@ -343,7 +344,7 @@ class Engine:
                 if relay.ended_at is None:
                     relay.pause(now)
                 time.sleep(max(wait, 0.0))
-            elif relay.due() == NEVER or poll.poll(wait * 1000):
+            elif (relay.due() == NEVER and not relay.held) or poll.poll(wait * 1000):
                 return
 
     def _send(self, session: Session, relay: Relay, sink: _Leg, data: bytes) -> None:
@@ -470,9 +471,9 @@ class Engine:
 
     # Ending -------------------------------------------------------------------------------------
 
-    def _close(self, leg: _Leg) -> None:
-        """Have the leg reset, and wake the thread that reads it; one that sends wakes by itself."""
-        leg.reset = True
+    def _close(self, leg: _Leg, *, reset: bool = False) -> None:
+        """Wake the thread that reads the leg; one that sends wakes by itself, and the last one out closes."""
+        leg.reset = reset
         with contextlib.suppress(OSError):
             leg.sock.shutdown(socket.SHUT_RD)
 

@@ -141,6 +141,8 @@ class Engine:
     # Beginning ----------------------------------------------------------------------------------
 
     def _accept(self, listening: Listening, _events: int, most: float = MOST_ACCEPTS) -> None:
+        if listening not in self._listeners:  # it went in this very round
+            return
         accepted = 0
         while accepted < most:
             if not self._service.has_room(listening.policy):
@@ -504,6 +506,8 @@ class Engine:
 
     def _answer(self, listening: Listening, _events: int) -> None:
         """Echo the datagrams that wait. What the kernel will not take at once is dropped and counted."""
+        if listening not in self._listeners:  # it went in this very round
+            return
         sock, datagrams = listening.socket, self._datagrams[listening]
         for _ in range(MOST_DATAGRAMS):
             try:

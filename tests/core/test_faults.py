@@ -60,6 +60,15 @@ def session(stage: Stage, *faults: AnyFault, service: str = "proxy") -> Play:
     return play
 
 
+def test_a_link_without_bandwidth_holds_everything_until_it_has_some() -> None:
+    line = Line([Bandwidth(rate=0)], 1)
+    line.feed(b"hello", 0.0)
+    line.end(0.0)
+    assert (line.take(1e9), line.due(), line.held, line.over) == (b"", NEVER, 5, False)
+    line.change([])
+    assert (line.take(2e9), line.take(2e9), line.over) == (b"hello", b"", True)
+
+
 @given(DELAYING, st.lists(st.tuples(st.binary(min_size=1, max_size=300), st.floats(0, 0.5)), max_size=10))
 def test_what_only_delays_and_cuts_loses_nothing_and_keeps_the_order(
     faults: Sequence[AnyFault], chunks: list[tuple[bytes, float]]
