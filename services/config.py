@@ -270,14 +270,14 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
             if first != path:
                 faults.append(f"{path}.address: {_quote(str(address))} is the address of {first} already")
         if listener.service == "proxy":
-            if udp:
-                faults.append(f"{path}.service: a udp listener can echo only, not proxy")
             if listener.pool is None:
                 faults.append(f"{path}.pool: a proxy needs a pool")
             elif FAULTY not in (listener.pool, pools) and listener.pool not in pools:
                 faults.append(
                     f"{path}.pool: there is no pool {_quote(listener.pool)}{_similar(listener.pool, pools)}"
                 )
+            elif address is not FAULTY and FAULTY not in (listener.pool, pools, config.pools):
+                _check_kind(path, address, listener.pool, config.pools[listener.pool], faults)
         if listener.service == "echo" and listener.pool is not None:
             faults.append(f"{path}.pool: an echo has no upstreams, so no pool")
         _check_faults(listener, path, faults)
@@ -293,18 +293,53 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
         if FAULTY in (pool, getattr(pool, "upstreams", FAULTY)):
             continue
         path = f"{_join('pool', name)}.upstreams"
+        kinds = _kinds(pool)
+        if len(kinds) > 1:
+            faults.append(f"{path}: datagrams and streams do not mix: all of them are udp:, or none is")
+        if (
+            kinds == {"udp"}
+            and pool.health not in (None, FAULTY)
+            and not (pool.health.send and pool.health.expect)
+        ):
+            faults.append(
+                f"{_join('pool', name)}.health: a udp: upstream shows only by an answer: send, expect"
+            )
         if not pool.upstreams:
             faults.append(f"{path}: at least one upstream is needed")
         for number, upstream in enumerate(pool.upstreams):
             if FAULTY in (upstream, getattr(upstream, "address", FAULTY)):
                 continue
             transport, _, port = upstream.address
-            if transport in {"udp", "systemd"}:
+            if transport == "udp" and upstream.proxy_protocol not in (None, FAULTY):
+                faults.append(f"{path}[{number}].proxy_protocol: datagrams have no connection to introduce")
+            if transport == "systemd":
                 faults.append(
-                    f"{path}[{number}].address: an upstream is HOST:PORT or unix:/PATH, not {transport}:"
+                    f"{path}[{number}].address: an upstream is HOST:PORT, udp:HOST:PORT or unix:/PATH, not systemd:"
                 )
-            elif transport == "tcp" and not port:
+            elif transport != "unix" and not port:
                 faults.append(f"{path}[{number}].address: an upstream needs a port from 1 to 65535")
+
+
+def _kinds(pool: PoolConfig) -> set[str]:
+    """`udp`, `stream`, or both: what can be told of the pool's upstreams."""
+    found = set()
+    for upstream in pool.upstreams if pool.upstreams is not FAULTY else ():
+        address = getattr(upstream, "address", FAULTY)
+        if upstream is not FAULTY and address is not FAULTY and address.transport != "systemd":
+            found.add("udp" if address.transport == "udp" else "stream")
+    return found
+
+
+def _check_kind(path: str, address: Address, name: str, pool: PoolConfig, faults: list[str]) -> None:
+    if pool is FAULTY or address.transport == "systemd":
+        return
+    kinds = _kinds(pool)
+    if address.transport == "udp" and "stream" in kinds:
+        faults.append(
+            f"{path}.pool: a udp listener needs upstreams as in udp:127.0.0.1:53, and {name} has others"
+        )
+    elif address.transport != "udp" and "udp" in kinds:
+        faults.append(f"{path}.pool: {name} has udp: upstreams, which are for a udp listener")
 
 
 def _check_faults(listener: ListenerConfig, path: str, faults: list[str]) -> None:

@@ -63,7 +63,7 @@ def examine(addresses: Iterable[Address], check: Check) -> str | None:
 
 def _examine(address: Address, check: Check) -> str | None:
     try:
-        with sockets.dial_socket(address, check.timeout) as sock:
+        with _socket(address, check) as sock:
             sock.settimeout(check.timeout)
             sock.connect(sockets.sockaddr(address))
             if check.send is not None:
@@ -73,6 +73,12 @@ def _examine(address: Address, check: Check) -> str | None:
         return f"no answer in {check.timeout:g} s"
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, str(error))
+
+
+def _socket(address: Address, check: Check) -> socket.socket:
+    if address.transport == "udp":
+        return sockets.datagram_socket(address)
+    return sockets.dial_socket(address, check.timeout)
 
 
 def _await(sock: socket.socket, expected: bytes) -> str | None:

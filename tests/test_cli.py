@@ -128,7 +128,7 @@ def echoes(address: str) -> bool:
         ),
         pytest.param(
             ["proxy", "--listen", "udp:127.0.0.1:0", "--upstream", "127.0.0.1:7"],
-            "--listen: a udp listener can echo only, not proxy",
+            "--listen: a udp listener needs upstreams as in udp:127.0.0.1:53, and upstream has others",
             id="udp proxy",
         ),
         pytest.param(["check"], "Missing option '--config'; see triptych check --help", id="no file"),

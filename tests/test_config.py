@@ -158,10 +158,9 @@ def test_all_faults_are_told_at_once_each_with_its_path(tmp_path: Path) -> None:
         'listener[2].address: "127.0.0.1:8000" is the address of listener[1] already',
         "listener[2].pool: an echo has no upstreams, so no pool",
         'listener[2].answer_low_ports: expected true or false, not "yes"',
-        "listener[3].service: a udp listener can echo only, not proxy",
         'pool.redis.upstreams[0].adress: unknown key (did you mean "address"?)',
         "pool.redis.upstreams[0].address: missing",
-        "pool.redis.upstreams[1].address: an upstream is HOST:PORT or unix:/PATH, not systemd:",
+        "pool.redis.upstreams[1].address: an upstream is HOST:PORT, udp:HOST:PORT or unix:/PATH, not systemd:",
         "pool.redis.upstreams[2]: expected a table, not 3",
         "pool.empty.upstreams: at least one upstream is needed",
         'pool."a b".upstreams: expected an array of tables, not a table',
@@ -310,11 +309,11 @@ def test_faults_of_flags_name_the_flag() -> None:
     assert sorted(caught.value.faults) == [
         '--engine: expected "blocking", "nonblocking" or "twisted", not "x"',
         "--listen: 'nowhere': expected HOST:PORT, as in 127.0.0.1:7007",
-        "--listen: a udp listener can echo only, not proxy",
+        "--listen: a udp listener needs upstreams as in udp:127.0.0.1:53, and upstream has others",
         '--log-level: expected "debug", "info", "warning" or "error", not "loud"',
         '--log: expected text that is not empty, not ""',
         "--upstream: '::1': put an IPv6 address in brackets, as in [::1]:7007",
-        "--upstream: an upstream is HOST:PORT or unix:/PATH, not udp:",
+        "--upstream: datagrams and streams do not mix: all of them are udp:, or none is",
         "--upstream: an upstream needs a port from 1 to 65535",
     ]
 

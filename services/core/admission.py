@@ -23,6 +23,7 @@ class Limits(Struct, frozen=True, kw_only=True):
         `ipv6_prefix` bits: whoever has one IPv6 address commonly has all of its /64 (RFC 6177).
     accept_rate: new sessions a second, in all.
     accept_burst: so many at once, after a quiet time; None is one second's worth.
+    datagram_rate: answers a second to one source of datagrams, whose address may be forged.
 
     """
 
@@ -33,6 +34,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     ipv6_prefix: Annotated[int, Meta(ge=1, le=128)] = 64
     accept_rate: Number | None = None
     accept_burst: Number | None = None
+    datagram_rate: Number | None = None
 
 
 class Lists(Struct, frozen=True, kw_only=True):

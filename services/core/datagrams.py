@@ -1,18 +1,22 @@
 """UDP sessions: one client address until it has been silent for a while.
 
-A datagram does not fit a relay: it is answered whole, at once, or dropped and counted. The table of
-one listener is bounded. UDP proxying and reply rate limits come with the complete proxy.
+A datagram does not fit a relay: it is passed on whole, at once, or dropped and counted. An echo answers
+it; a proxy sends it to the upstream that its session was given, by a socket of the session's own, and
+what comes back there goes to the client. The table of one listener is bounded, and how often one
+source is answered can be: its address may be forged, and then it is somebody else who gets the answers.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import ip_address
 
 from services import vocabulary
 from services.core.addresses import Address
-from services.core.faults import Fates
+from services.core.faults import Direction, Fates
 from services.core.record import Counts, Record, State, line
 from services.core.service import Policy, Service
+from services.core.session import Action, Actions, Session
+from services.core.upstreams import Upstream
 
 # Clients one listener remembers. A record is under 1 KiB, so a flood of spoofed sources costs 64 MiB
 # at most before it is refused.
@@ -20,12 +24,25 @@ MOST_CLIENTS = 65_536
 
 
 class DatagramSession:
-    """One client's counters. The engine calls `answered` for a reply that the kernel took."""
+    """One client's counters. The engine calls `answered` for a reply that the kernel took. `upstream` is
+    where a proxy sends what the client does, at `address`; an echo has none.
+    """
 
-    __slots__ = ("bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "peak", "record")
+    __slots__ = (
+        "address",
+        "bytes_in",
+        "bytes_out",
+        "datagrams_in",
+        "datagrams_out",
+        "peak",
+        "record",
+        "upstream",
+    )
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, upstream: Upstream | None = None) -> None:
         self.record = record
+        self.upstream = upstream
+        self.address = record.upstream_address = upstream.addresses[0] if upstream else None
         self.bytes_in = self.bytes_out = self.datagrams_in = self.datagrams_out = self.peak = 0
 
     def received(self, n: int, now: float) -> None:
@@ -74,16 +91,25 @@ class Datagrams:
 
     Args:
         local: the bound address, as logged.
+        release: told of each session that has ended.
 
     """
 
-    def __init__(self, policy: Policy, local: Address, service: Service) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        local: Address,
+        service: Service,
+        release: Callable[[DatagramSession], object] = lambda _: None,
+    ) -> None:
+        self._release = release
         self._policy = policy
         self._local = local
         self._service = service
         # oldest activity first: the head is the next to expire
         self._sessions: OrderedDict[tuple[str, int], DatagramSession] = OrderedDict()
-        self._fates = Fates(())
+        self._fates: dict[Direction | None, Fates] = {}
+        self._answers = Rates()
         service.keep(self)
 
     def __len__(self) -> int:
@@ -104,19 +130,59 @@ class Datagrams:
         session.received(n, now)
         return session
 
-    def replies(self, now: float) -> Sequence[float]:
-        """When to answer the datagram just received, as often as there are times: once and at once,
-        unless a fault of the listener has it otherwise.
+    def forwards(self, now: float) -> Sequence[float]:
+        """When to send the datagram just received to the upstream, as often as there are times: once and
+        at once, unless a fault of the listener has it otherwise.
         """
+        return self._dues("upstream", now)
+
+    def replies(self, session: DatagramSession, now: float) -> Sequence[float]:
+        """The same for one that goes to the client; never where its source is answered too often. One
+        that comes from an upstream keeps the session open.
+        """
+        if session.upstream is not None and self.holds(session):
+            session.record.moved_at = now
+            self._sessions.move_to_end(self._key(session))
+        most = self._service.datagram_rate
+        client = session.record.client
+        if most is not None and client is not None and not self._answers.allow(client.host, most, now):
+            self.dropped()
+            return ()
+        return self._dues("downstream" if session.upstream else None, now)
+
+    def _dues(self, direction: Direction | None, now: float) -> Sequence[float]:
+        """An echo has one direction, which is both: None."""
         faults = self._policy.faults
-        if faults is not self._fates.faults:
-            self._fates = Fates(faults)
         if not faults:
             return (now,)
-        times = tuple(self._fates.of_next(now))
+        fates = self._fates.get(direction)
+        if fates is None or fates.origin is not faults:
+            own = [fault for fault in faults if direction in {None, fault.direction}]
+            fates = self._fates[direction] = Fates(own, faults)
+        times = tuple(fates.of_next(now))
         if not times:
             self.dropped()
         return times
+
+    def holds(self, session: DatagramSession) -> bool:
+        """Is it still open?"""
+        return self._sessions.get(self._key(session)) is session
+
+    def lost(self, session: DatagramSession, error: str, now: float) -> Actions:
+        """The session's upstream is not there (ICMP): the client's next datagram begins another."""
+        if not self.holds(session):
+            return ()
+        assert session.upstream is not None
+        assert self._policy.pool is not None
+        self._policy.pool.failed(session.upstream, error, now)
+        record = session.record
+        record.termination, record.closed_by, record.error = "SD", "upstream", error
+        return self._retire(self._sessions.pop(self._key(session)), now)
+
+    def _key(self, session: DatagramSession) -> tuple[str, int]:
+        client = session.record.client
+        assert client is not None
+        return client.host, client.port
 
     def dropped(self) -> None:
         """A reply that the kernel would not take at once."""
@@ -128,15 +194,19 @@ class Datagrams:
             return session.record.moved_at + self._service.timeouts.udp_idle
         return float("inf")
 
-    def expire(self, now: float) -> None:
+    def expire(self, now: float) -> Actions:
+        actions: list[tuple[Session, Action]] = []
         while self.deadline() <= now:
-            self._retire(now)
+            actions += self._retire(self._sessions.popitem(last=False)[1], now)
+        return actions
 
-    def close(self, now: float) -> None:
+    def close(self, now: float) -> Actions:
         """The socket is closed: every session ends with it."""
+        actions: list[tuple[Session, Action]] = []
         while self._sessions:
-            self._retire(now)
+            actions += self._retire(self._sessions.popitem(last=False)[1], now)
         self._service.drop(self)
+        return actions
 
     def counts(self) -> Iterable[Counts]:
         return (session.counts() for session in self._sessions.values())
@@ -144,7 +214,8 @@ class Datagrams:
     def _admit(self, key: tuple[str, int], now: float) -> DatagramSession | None:
         host, port = key
         reason = None
-        if port < 1024 and not self._policy.answer_low_ports:
+        echo = self._policy.service == "echo"
+        if echo and port < 1024 and not self._policy.answer_low_ports:
             # CVE-1999-0103: two echo services, or echo and chargen, that answer each other for ever
             reason = "a source port below 1024 is another service's"
         elif ip_address(host.partition("%")[0]).is_multicast or host == "255.255.255.255":
@@ -157,16 +228,21 @@ class Datagrams:
             return None
         if not self._service.admit(self._policy, client, now):
             return None
+        upstream = self._policy.pool.choose(host, (), now) if self._policy.pool else None
+        if self._policy.pool and upstream is None:
+            self._service.refuse(self._policy, client, "no upstream takes a further session", now)
+            return None
         record = self._service.open_record(self._policy, client, self._local, None, now)
+        record.upstream = upstream.name if upstream else None
         record.faults = ",".join(fault.label for fault in self._policy.faults) or None
-        session = self._sessions[key] = DatagramSession(record)
+        session = self._sessions[key] = DatagramSession(record, upstream)
         return session
 
-    def _retire(self, now: float) -> None:
-        _, session = self._sessions.popitem(last=False)
+    def _retire(self, session: DatagramSession, now: float) -> Actions:
         record = session.record
-        record.termination = "--"
-        record.closed_by = "service"
+        if record.termination is None:
+            record.termination = "--"
+            record.closed_by = "service"
         letters, state = session.story()
         counts = session.counts()
         self._service.emit(
@@ -182,3 +258,25 @@ class Datagrams:
             )
         )
         self._service.count_closed(record, counts, now)
+        self._release(session)
+        pool = self._policy.pool
+        waiting = pool.release(session.upstream) if pool and session.upstream else None
+        actions: Actions = waiting.resume(now) if waiting else ()
+        return actions
+
+
+class Rates:
+    """How often each source was answered lately, for as many sources as a table has clients."""
+
+    def __init__(self) -> None:
+        # answers left, and as of when; the least recently asked for is first
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def allow(self, host: str, most: int, now: float) -> bool:
+        """One more answer to `host`, with `most` a second and at once?"""
+        left, since = self._left.pop(host, (float(most), now))
+        left = min(float(most), left + (now - since) * most)
+        self._left[host] = (left - 1 if left >= 1 else left, now)
+        if len(self._left) > MOST_CLIENTS:
+            self._left.popitem(last=False)
+        return left >= 1

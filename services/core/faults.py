@@ -276,8 +276,9 @@ class Line:
 class Fates:
     """What becomes of each datagram of one listener: the n-th one meets the same fate in every engine."""
 
-    def __init__(self, faults: Sequence[AnyFault]) -> None:
-        self.faults = faults
+    def __init__(self, faults: Sequence[AnyFault], origin: Sequence[AnyFault] = ()) -> None:
+        # the list that these were taken from: another one means other fates
+        self.origin = origin
         self._sources = [(fault, fault.draw(number)) for number, fault in enumerate(faults)]
         self._late: deque[float] = deque()
 

@@ -93,7 +93,7 @@ class Ledger(Protocol):
 
     def deadline(self) -> float: ...
 
-    def expire(self, now: float) -> None: ...
+    def expire(self, now: float) -> Actions: ...
 
 
 def _descriptors(policy: Policy) -> int:
@@ -125,6 +125,7 @@ class Service:
         # left for sessions
         self._descriptors = descriptors
         self.buffer = limits.buffer
+        self.datagram_rate = limits.datagram_rate
         self.admission = Admission(limits, now)
         self._refusals: dict[Policy, _Refusals] = {}
         self.sessions: set[Session] = set()
@@ -374,6 +375,7 @@ class Service:
         """
         self.timeouts = timeouts
         self.buffer = limits.buffer
+        self.datagram_rate = limits.datagram_rate
         self.admission.change(limits, now)
         self._stats_at += stats - self._stats
         self._stats = stats
@@ -434,18 +436,17 @@ class Service:
         """What is due at `now`."""
         if now >= self._lag_at:
             self._measure_lag(now - self._lag_at, now)
-        for ledger in self._ledgers:
-            ledger.expire(now)
+        actions = [action for ledger in self._ledgers for action in ledger.expire(now)]
         self._expire_refusals(now)
         if now >= self._stats_at:
             self._stats_at = now + self._stats
             self.emit(vocabulary.EngineStats(**self._totals(now)))
         if now < self._drain_at:
-            return ()
+            return actions
         self._drain_at = float("inf")
         open_sessions = [session for session in self.sessions if not session.over]
         self._cut += len(open_sessions)
-        return [action for session in open_sessions for action in session.handle(Cut("K"), now)]
+        return actions + [action for session in open_sessions for action in session.handle(Cut("K"), now)]
 
     def lag_since(self, moment: float) -> float:
         """The latest that a timer ran since `moment`, in seconds."""

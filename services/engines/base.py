@@ -43,7 +43,8 @@ costs the session it happened in (`Cut("I")`).
 
 All engines have the same private vocabulary, in this order, so that they can be read side by side:
 `run, stop, post, _accept, _dial, _perform, _pump, _half_close, _expire, _close, _drain`. UDP is
-answered in `_answer`.
+answered, or passed on, in `_answer`; what an upstream sends back comes to `_return`. Both ask the core
+when to send (`Datagrams.forwards`, `replies`), and close a session's socket when told to (`release`).
 """
 
 import socket

@@ -115,6 +115,8 @@ class Engine:
         self._conversations: dict[Session, _Conversation] = {}
         self._deadlines = Deadlines()
         self._later = Later()
+        # of UDP sessions whose datagrams go to an upstream
+        self._outward: dict[DatagramSession, socket.socket] = {}
         self._rearmed = threading.Condition(self._lock)
         self._stopped = False
         self._acceptors: dict[Listening, _Acceptor] = {}
@@ -363,6 +365,8 @@ class Engine:
             except OSError as error:
                 self._tell(session, Lost(sink.side, sockets.loss_of(error)))
             else:
+                if sent < len(rest):  # it waited for room until SO_SNDTIMEO
+                    relay.pause(now)
                 relay.sent(sent, now if relay.paused_at is None else self._clock())
                 if sent == len(rest):
                     return
@@ -524,12 +528,12 @@ class Engine:
         time.sleep(sockets.EXHAUSTED_PAUSE)
 
     def _answer(self, acceptor: _Acceptor) -> None:
-        """The thread of one UDP socket: echoes what comes. What the kernel will not take at once is
-        dropped and counted.
+        """The thread of one UDP socket: echoes what comes, or passes it on. What the kernel will not take
+        at once is dropped and counted.
         """
         listening, sock = acceptor.listening, acceptor.listening.socket
         with self._lock:
-            datagrams = Datagrams(listening.policy, listening.address, self._service)
+            datagrams = Datagrams(listening.policy, listening.address, self._service, self._release)
         while self._wait(acceptor):
             for _ in range(MOST_DATAGRAMS):
                 try:
@@ -541,20 +545,95 @@ class Engine:
                 with self._lock:
                     now = self._clock()
                     session = datagrams.received(peer[0], peer[1], len(data), now)
-                    dues = datagrams.replies(now) if session is not None else ()
+                    if session is None:
+                        continue
+                    proxied = session.upstream is not None
+                    times = datagrams.forwards(now) if proxied else datagrams.replies(session, now)
                     self._rearmed.notify()
-                for due in dues:
-                    assert session is not None
-                    reply = partial(self._reply, sock, datagrams, session, data, peer)
-                    if due > now:
-                        with self._lock:
-                            self._later.call(due, reply)
-                            self._rearmed.notify()
-                    else:
-                        reply()
+                send = self._send_on if proxied else self._reply
+                self._at(times, now, send, sock, datagrams, session, data, peer)
         with self._lock:
-            datagrams.close(self._clock())
+            actions = datagrams.close(self._clock())
+            sessions = self._enter(actions)
+        self._perform(actions)
+        for each in sessions:
+            self._leave(each)
         self._drain(acceptor)
+
+    def _at(self, times: Sequence[float], now: float, send: Callable[..., None], *datagram: Any) -> None:
+        for due in times:
+            if due > now:
+                with self._lock:
+                    self._later.call(due, partial(send, *datagram))
+                    self._rearmed.notify()
+            else:
+                send(*datagram)
+
+    def _send_on(
+        self, sock: socket.socket, datagrams: Datagrams, session: DatagramSession, data: bytes, peer: Any
+    ) -> None:
+        """To the upstream, by the session's own socket, which a thread of its own listens to."""
+        try:
+            with self._lock:
+                if not datagrams.holds(session):  # gone before it was due
+                    return
+                outward = self._outward.get(session)
+                if outward is None:
+                    assert session.address is not None
+                    outward = self._outward[session] = sockets.datagram_socket(session.address)
+                    work = (sock, outward, datagrams, session, peer)
+                    threading.Thread(target=self._return, args=work, daemon=True).start()
+                outward.send(data)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread to be had
+            with self._lock:
+                datagrams.dropped()
+            self._lose_upstream(datagrams, session, error)
+
+    def _return(
+        self,
+        sock: socket.socket,
+        outward: socket.socket,
+        datagrams: Datagrams,
+        session: DatagramSession,
+        peer: Any,
+    ) -> None:
+        """The thread of one session's upstream: what is sent back is for the client."""
+        poll = select.poll()
+        poll.register(outward, select.POLLIN)
+        while True:
+            poll.poll()
+            with self._lock:
+                if self._outward.get(session) is not outward:  # released
+                    break
+            try:
+                data = outward.recv(DATAGRAM)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self._lose_upstream(datagrams, session, error)
+                continue
+            with self._lock:
+                now = self._clock()
+                times = datagrams.replies(session, now)
+                self._rearmed.notify()
+            self._at(times, now, self._reply, sock, datagrams, session, data, peer)
+        outward.close()
+
+    def _lose_upstream(self, datagrams: Datagrams, session: DatagramSession, error: Exception) -> None:
+        if isinstance(error, ConnectionRefusedError):
+            with self._lock:
+                actions = datagrams.lost(session, "ECONNREFUSED", self._clock())
+                sessions = self._enter(actions)
+            self._perform(actions)
+            for each in sessions:
+                self._leave(each)
+
+    def _release(self, session: DatagramSession) -> None:
+        """With the lock held: wake the session's thread, which closes its socket."""
+        outward = self._outward.pop(session, None)
+        if outward is not None:
+            with contextlib.suppress(OSError):
+                outward.shutdown(socket.SHUT_RDWR)
 
     def _reply(
         self, sock: socket.socket, datagrams: Datagrams, session: DatagramSession, data: bytes, peer: Any

@@ -94,6 +94,8 @@ class Engine:
         # those that are not connected yet, by the numbers of their dials
         self._dials: dict[tuple[Session, int], _Leg] = {}
         self._datagrams: dict[Listening, Datagrams] = {}
+        # of UDP sessions whose datagrams go to an upstream
+        self._outward: dict[DatagramSession, socket.socket] = {}
         self._deadlines = Deadlines()
         self._service_deadline = service.deadline()
         self._later = Later()
@@ -463,7 +465,8 @@ class Engine:
     def _drain(self, listening: Listening) -> None:
         """Accept what already waits, then stop listening."""
         if listening.policy.transport == "udp":
-            self._datagrams.pop(listening).close(self._clock())
+            now = self._clock()
+            self._perform(self._datagrams.pop(listening).close(now), now)
         else:
             self._accept(listening, EVENT_READ, most=NEVER)
         self._ignore(listening)
@@ -480,7 +483,9 @@ class Engine:
     def _listen(self, listening: Listening) -> None:
         self._listeners.add(listening)
         if listening.policy.transport == "udp":
-            self._datagrams[listening] = Datagrams(listening.policy, listening.address, self._service)
+            self._datagrams[listening] = Datagrams(
+                listening.policy, listening.address, self._service, self._release
+            )
         self._await(listening)
 
     def _await(self, listening: Listening) -> None:
@@ -520,13 +525,64 @@ class Engine:
             session = datagrams.received(peer[0], peer[1], len(data), now)
             if session is None:
                 continue
-            reply = partial(self._reply, listening, session, data, peer)
-            for due in datagrams.replies(now):
-                if due > now:
-                    self._later.call(due, reply)
-                else:
-                    reply()
+            if session.upstream is None:
+                self._at(datagrams.replies(session, now), now, self._reply, listening, session, data, peer)
+            else:
+                self._at(datagrams.forwards(now), now, self._send_on, listening, session, data, peer)
         self._service_deadline = self._service.deadline()
+
+    def _at(self, times: Sequence[float], now: float, send: Callable[..., None], *datagram: Any) -> None:
+        for due in times:
+            if due > now:
+                self._later.call(due, partial(send, *datagram))
+            else:
+                send(*datagram)
+
+    def _send_on(self, listening: Listening, session: DatagramSession, data: bytes, peer: Any) -> None:
+        """To the upstream, by the session's own socket."""
+        datagrams = self._datagrams.get(listening)
+        if datagrams is None or not datagrams.holds(session):  # gone before it was due
+            return
+        try:
+            sock = self._outward.get(session)
+            if sock is None:
+                assert session.address is not None
+                sock = self._outward[session] = sockets.datagram_socket(session.address)
+                self._selector.register(
+                    sock, EVENT_READ, partial(self._return, listening, session, sock, peer)
+                )
+            sock.send(data)
+        except OSError as error:
+            datagrams.dropped()
+            self._lose_upstream(datagrams, session, error)
+
+    def _return(
+        self, listening: Listening, session: DatagramSession, sock: socket.socket, peer: Any, _events: int
+    ) -> None:
+        """What the upstream sent back is for the client."""
+        datagrams = self._datagrams[listening]
+        for _ in range(MOST_DATAGRAMS):
+            try:
+                data = sock.recv(DATAGRAM)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._lose_upstream(datagrams, session, error)
+                return
+            now = self._clock()
+            self._at(datagrams.replies(session, now), now, self._reply, listening, session, data, peer)
+        self._service_deadline = self._service.deadline()
+
+    def _lose_upstream(self, datagrams: Datagrams, session: DatagramSession, error: OSError) -> None:
+        if error.errno == errno.ECONNREFUSED:
+            now = self._clock()
+            self._perform(datagrams.lost(session, "ECONNREFUSED", now), now)
+
+    def _release(self, session: DatagramSession) -> None:
+        sock = self._outward.pop(session, None)
+        if sock is not None:
+            self._selector.unregister(sock)
+            sock.close()
 
     def _reply(self, listening: Listening, session: DatagramSession, data: bytes, peer: Any) -> None:
         datagrams = self._datagrams.get(listening)

@@ -110,6 +110,19 @@ def dial_socket(address: Address, dead_peer: float) -> socket.socket:
     return sock
 
 
+def datagram_socket(address: Address) -> socket.socket:
+    """A non-blocking UDP socket that is connected: it hears nobody else, and of ICMP errors (udp(7))."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        sock.connect((address.host, address.port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def sockaddr(address: Address) -> tuple[str, int] | str:
     return address.host if address.transport == "unix" else (address.host, address.port)
 

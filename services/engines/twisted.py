@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred, succeed
-from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.error import CannotListenError, ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, IReadDescriptor
 from twisted.internet.main import installReactor
 from twisted.internet.protocol import ClientFactory, DatagramProtocol, Protocol
@@ -183,6 +183,37 @@ class _Answerer(DatagramProtocol):
         self._engine._answer(self, datagram, addr)  # noqa: SLF001
 
 
+class _Outward(DatagramProtocol):
+    """A UDP session's own socket to its upstream."""
+
+    transport: Any
+
+    def __init__(
+        self, engine: "Engine", answerer: _Answerer, session: DatagramSession, peer: tuple[str, int]
+    ) -> None:
+        self._engine = engine
+        self._answerer = answerer
+        self._session = session
+        self._peer = peer
+
+    def startProtocol(self) -> None:  # noqa: N802
+        address = self._session.address
+        assert address is not None
+        self.transport.connect(address.host, address.port)
+
+    def datagramReceived(self, datagram: bytes, addr: Any) -> None:  # noqa: ARG002, N802
+        self._engine._return(self._answerer, self._session, datagram, self._peer)  # noqa: SLF001
+
+    def connectionRefused(self) -> None:  # noqa: N802
+        self._engine._lose_upstream(self._answerer, self._session)  # noqa: SLF001
+
+    def stopProtocol(self) -> None:  # noqa: N802
+        """Asked for, or because an ICMP error came with nothing to read: the reactor takes that for the
+        end of the port.
+        """
+        self._engine._lose_upstream(self._answerer, self._session)  # noqa: SLF001
+
+
 class Engine:
     """See `base.py` for the contract."""
 
@@ -200,6 +231,8 @@ class Engine:
         self._service_timer: Any = None
         self._acceptors: dict[Listening, _Acceptor] = {}
         self._answerers: dict[Listening, tuple[_Answerer, Any]] = {}
+        # of UDP sessions whose datagrams go to an upstream
+        self._outward: dict[DatagramSession, tuple[_Outward, Any]] = {}
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._reason = ""
         self._drained: Deferred[None] = Deferred()
@@ -556,7 +589,7 @@ class Engine:
             self._reactor.removeReader(self._acceptors.pop(listening))
         elif listening in self._answerers:
             answerer, port = self._answerers.pop(listening)
-            answerer.datagrams.close(self._clock())
+            self._perform(answerer.datagrams.close(self._clock()))
             closed = maybeDeferred(port.stopListening)
         listening.socket.close()
         return closed
@@ -586,7 +619,7 @@ class Engine:
 
     def _listen(self, listening: Listening) -> None:
         if listening.policy.transport == "udp":
-            datagrams = Datagrams(listening.policy, listening.address, self._service)
+            datagrams = Datagrams(listening.policy, listening.address, self._service, self._release)
             answerer = _Answerer(self, datagrams)
             sock = listening.socket
             port = self._reactor.adoptDatagramPort(sock.fileno(), sock.family, answerer, DATAGRAM)
@@ -615,13 +648,56 @@ class Engine:
         host, port = peer[:2]
         now = self._clock()
         session = answerer.datagrams.received(host, port, len(datagram), now)
-        if session is not None:
-            for due in answerer.datagrams.replies(now):
-                if due > now:
-                    self._reactor.callLater(due - now, self._reply, answerer, session, datagram, peer)
-                else:
-                    self._reply(answerer, session, datagram, peer)
+        if session is not None and session.upstream is None:
+            times = answerer.datagrams.replies(session, now)
+            self._at(times, now, self._reply, answerer, session, datagram, peer)
+        elif session is not None:
+            times = answerer.datagrams.forwards(now)
+            self._at(times, now, self._send_on, answerer, session, datagram, peer)
         self._arm_service()
+
+    def _at(self, times: Sequence[float], now: float, send: Callable[..., None], *datagram: Any) -> None:
+        for due in times:
+            if due > now:
+                self._reactor.callLater(due - now, send, *datagram)
+            else:
+                send(*datagram)
+
+    def _send_on(
+        self, answerer: _Answerer, session: DatagramSession, datagram: bytes, peer: tuple[str, int]
+    ) -> None:
+        """To the upstream, by the session's own port."""
+        if not answerer.datagrams.holds(session):  # gone before it was due
+            return
+        try:
+            if session not in self._outward:
+                assert session.address is not None
+                outward = _Outward(self, answerer, session, peer)
+                interface = "::" if ":" in session.address.host else ""
+                port = self._reactor.listenUDP(0, outward, interface, DATAGRAM)
+                self._outward[session] = (outward, port)
+            self._outward[session][0].transport.write(datagram)
+        except (OSError, CannotListenError) as error:
+            answerer.datagrams.dropped()
+            if isinstance(error, ConnectionRefusedError):
+                self._lose_upstream(answerer, session)
+
+    def _return(
+        self, answerer: _Answerer, session: DatagramSession, datagram: bytes, peer: tuple[str, int]
+    ) -> None:
+        """What the upstream sent back is for the client."""
+        now = self._clock()
+        times = answerer.datagrams.replies(session, now)
+        self._at(times, now, self._reply, answerer, session, datagram, peer)
+        self._arm_service()
+
+    def _lose_upstream(self, answerer: _Answerer, session: DatagramSession) -> None:
+        self._perform(answerer.datagrams.lost(session, "ECONNREFUSED", self._clock()))
+
+    def _release(self, session: DatagramSession) -> None:
+        outward = self._outward.pop(session, None)
+        if outward is not None:
+            outward[1].stopListening()
 
     def _reply(
         self, answerer: _Answerer, session: DatagramSession, datagram: bytes, peer: tuple[str, int]

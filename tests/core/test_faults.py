@@ -352,13 +352,15 @@ def test_a_datagram_is_answered_once_and_at_once_but_for_the_faults_of_its_liste
     stage = Stage()
     policy = Policy("echo", "echo", "udp")
     datagrams = Datagrams(policy, LOCAL_ADDRESS, stage.service)
-    assert datagrams.replies(5.0) == (5.0,)
+    first = datagrams.received("192.0.2.9", 5000, 3, stage.now)
+    assert first is not None
+    assert datagrams.replies(first, 5.0) == (5.0,)
     stage.service.change_faults(policy, (Drop(),), stage.now)
     session = datagrams.received(CLIENT_ADDRESS.host, CLIENT_ADDRESS.port, 3, stage.now)
     assert session is not None
     assert session.record.faults == "loss_downstream"
-    assert datagrams.replies(stage.now) == ()
-    assert datagrams.replies(stage.now) == ()
+    assert datagrams.replies(session, stage.now) == ()
+    assert datagrams.replies(session, stage.now) == ()
     assert stage.service.snapshot(stage.now).totals.datagrams_dropped == 2
     stage.service.change_faults(policy, (Duplicate(),), stage.now)
-    assert datagrams.replies(stage.now) == (stage.now, stage.now)
+    assert datagrams.replies(session, stage.now) == (stage.now, stage.now)
