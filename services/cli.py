@@ -32,6 +32,7 @@ LAZY = {
     "record": ("comparisons.recordings.record:command", "Keep real conversations with their timing."),
     "replay": ("comparisons.recordings.replay:command", "Play them again."),
     "recording": ("comparisons.recordings.commands:group", "Look into a recording, or export it."),
+    "conform": ("comparisons.conform:command", "Test any proxy against the behaviour table."),
     "logs": ("comparisons.logs.commands:group", "Read what the daemons wrote."),
 }
 

@@ -7,5 +7,6 @@ measures Triptych, HAProxy or any other TCP proxy. `rules.RULES` says which rule
 table each one shows and what must have been observed.
 
 Every wait is bounded. A script sleeps only where time itself is the script. A script that cannot
-be played (nothing accepts, nothing is dialled) raises OSError, and that is a result too.
+be played (nothing accepts, nothing is dialled) raises OSError, and that is a result too; `Inconclusive` is
+none: the machine stood in the way.
 """

@@ -5,7 +5,7 @@ import select
 import socket
 from contextlib import ExitStack
 
-from comparisons.scenarios.wire import DEADLINE, Observation, Subject, family, payload, target
+from comparisons.scenarios.wire import Observation, Subject, family, payload, target
 
 SIZES = (1, 0, 2, 512, 1_472, 9_000, 0, 65_507, 64)  # 65,507: the most that UDP over IPv4 carries
 WORD = payload(32, seed=51)
@@ -14,7 +14,7 @@ WORD = payload(32, seed=51)
 def datagrams_come_back_whole(subject: Subject) -> Observation:
     """Datagrams of many sizes, empty ones and the largest too, each alone."""
     with _client(subject) as client:
-        whole = sum(_asked(client, payload(size, seed=size)) for size in SIZES)
+        whole = sum(_asked(subject, client, payload(size, seed=size)) for size in SIZES)
         return Observation(figures={"whole": whole})
 
 
@@ -24,7 +24,9 @@ def datagrams_keep_their_boundaries(subject: Subject, *, count: int = 20) -> Obs
     with _client(subject) as client:
         for data in sent:
             client.send(data)
-        return Observation(figures={"in_place": sum(_next(client, DEADLINE) == data for data in sent)})
+        return Observation(
+            figures={"in_place": sum(_next(client, subject.patience()) == data for data in sent)}
+        )
 
 
 def many_datagram_clients(subject: Subject, *, clients: int = 100) -> Observation:
@@ -33,7 +35,10 @@ def many_datagram_clients(subject: Subject, *, clients: int = 100) -> Observatio
         sockets = [stack.enter_context(_client(subject)) for _ in range(clients)]
         for index, client in enumerate(sockets):
             client.send(payload(40, seed=index))
-        own = sum(_next(client, DEADLINE) == payload(40, seed=index) for index, client in enumerate(sockets))
+        own = sum(
+            _next(client, subject.patience()) == payload(40, seed=index)
+            for index, client in enumerate(sockets)
+        )
         return Observation(figures={"own": own})
 
 
@@ -42,10 +47,10 @@ def low_ports_get_no_answer(subject: Subject, *, silence: float = 0.3) -> Observ
     would answer each other for ever. Other clients are answered before and after it.
     """
     with _client(subject) as client, _client(subject, low=True) as low:
-        answered = int(_asked(client, WORD))
+        answered = int(_asked(subject, client, WORD))
         low.send(WORD)
         low_answers = int(_next(low, silence) is not None)
-        answered += _asked(client, WORD)
+        answered += _asked(subject, client, WORD)
         return Observation(figures={"answered": answered, "low_port_answers": low_answers})
 
 
@@ -63,9 +68,9 @@ def _client(subject: Subject, *, low: bool = False) -> socket.socket:
     return client
 
 
-def _asked(client: socket.socket, data: bytes) -> bool:
+def _asked(subject: Subject, client: socket.socket, data: bytes) -> bool:
     client.send(data)
-    return _next(client, DEADLINE) == data
+    return _next(client, subject.patience()) == data
 
 
 def _next(client: socket.socket, within: float) -> bytes | None:

@@ -1,4 +1,5 @@
-"""SIGTERM (rule 18): what waits is accepted, what is open goes on, what stays too long is cut.
+"""SIGTERM (rule 18), or what else asks a proxy to finish: what waits is accepted, what is open goes on,
+what stays too long is cut.
 
 Each of these ends the service under test.
 """
@@ -17,7 +18,7 @@ def open_session_finishes(subject: Subject) -> Observation:
     """A session that is open at SIGTERM works on until its client is done; nobody new is let in."""
     with subject.connect() as client:
         transfer((client, WORD, client))
-        os.kill(subject.pid, signal.SIGTERM)
+        os.kill(subject.pid, subject.drain)
         refused = _wait_refused(subject)
         transfer((client, WORD, client))
         client.finish()
@@ -25,19 +26,22 @@ def open_session_finishes(subject: Subject) -> Observation:
 
 
 def backlog_is_served(subject: Subject, *, clients: int = 5) -> Observation:
-    """Clients that the kernel has accepted and the service has not, when SIGTERM comes. The
-    process is stopped meanwhile, so that it surely has not.
+    """Clients that the kernel has accepted and the service has not, when SIGTERM comes. Its
+    processes are stopped meanwhile, so that they surely have not.
     """
     with ExitStack() as stack:
-        os.kill(subject.pid, signal.SIGSTOP)
+        processes = subject.processes()
+        for pid in processes:
+            os.kill(pid, signal.SIGSTOP)
         try:
             waiting = [stack.enter_context(subject.connect()) for _ in range(clients)]
             for client in waiting:
                 client.push(WORD)
                 client.finish()
-            os.kill(subject.pid, signal.SIGTERM)
+            os.kill(subject.pid, subject.drain)
         finally:
-            os.kill(subject.pid, signal.SIGCONT)
+            for pid in processes:
+                os.kill(pid, signal.SIGCONT)
         served = sum(client.hear_out().ended == "eof" and client.told_what(client) for client in waiting)
         return Observation(figures={"served": served})
 
@@ -46,7 +50,7 @@ def session_past_the_deadline_is_cut(subject: Subject) -> Observation:
     """A client that never ends is cut when the time to drain is over."""
     with subject.connect() as client:
         transfer((client, WORD, client))
-        os.kill(subject.pid, signal.SIGTERM)
+        os.kill(subject.pid, subject.drain)
         began = monotonic()
         heard = client.hear_out()
         return Observation(heard, figures={"ended_s": monotonic() - began})
@@ -58,8 +62,10 @@ def half_closed_session_is_cut(subject: Subject) -> Observation:
         transfer((client, WORD, upstream))
         client.finish()
         upstream.hear_out()
-        os.kill(subject.pid, signal.SIGTERM)
-        return Observation(client.hear_out(), upstream.heard(), {"ended_s": upstream.reset_seen()})
+        os.kill(subject.pid, subject.drain)
+        began = monotonic()
+        heard = client.hear_out()
+        return Observation(heard, upstream.heard(), {"ended_s": monotonic() - began})
 
 
 def _wait_refused(subject: Subject) -> bool:

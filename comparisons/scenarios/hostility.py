@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from time import monotonic
 
-from comparisons.scenarios.wire import DEADLINE, Observation, Subject, payload, transfer
+from comparisons.scenarios.wire import Observation, Subject, payload, transfer
 
 GARBAGE = b"\x00\xff" * 8_192 + b"PROXY \r\n\r\nGET / HTTP/1.1\r\n\r\n" + payload(32_768, seed=71)
 WORD = payload(64, seed=72)
@@ -73,7 +73,7 @@ def _beside(subject: Subject, trouble: Callable[[], None]) -> Observation:
         trouble()
         with subject.connect() as last:  # once it is served, everybody before it was accepted
             transfer((last, WORD, last))
-        deadline = monotonic() + DEADLINE
+        deadline = monotonic() + subject.patience()
         while (left_over := subject.descriptors() - before) > 0 and monotonic() < deadline:
             select.poll().poll(10)
         transfer((honest, WORD, honest))

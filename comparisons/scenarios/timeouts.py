@@ -7,7 +7,7 @@ peer are given a way to make the network lose everything of one TCP port (`netwo
 from collections.abc import Callable
 from time import monotonic
 
-from comparisons.scenarios.wire import FLOOD, End, Observation, Subject, payload, transfer
+from comparisons.scenarios.wire import FLOOD, End, Heard, Observation, Subject, payload, transfer
 
 REQUEST = payload(64, seed=41)
 ANSWER = payload(1_000, seed=42)
@@ -61,8 +61,9 @@ def idle_with_a_stuck_client(subject: Subject) -> Observation:
         transfer((client, REQUEST, upstream))
         began = monotonic()
         upstream.fill(FLOOD)
-        seen = max(upstream.reset_seen(), client.reset_seen())
-        return Observation(figures={"ended_s": monotonic() - began if seen < float("inf") else seen})
+        # what the upstream sent and nobody read: closing its leg resets it, whoever closes it
+        elapsed = monotonic() - began + upstream.reset_seen()
+        return Observation(client.hear_out(), figures={"ended_s": elapsed})
 
 
 def echo_idle(subject: Subject) -> Observation:
@@ -77,9 +78,13 @@ def echo_idle(subject: Subject) -> Observation:
 def _until_cut(client: End, upstream: End) -> Observation:
     """A leg that was half closed by its peer reads its end at once and learns of the cut later."""
     began = monotonic()
-    seen = min(client.reset_seen(within=5), upstream.reset_seen(within=0.5))
-    elapsed = monotonic() - began if seen < float("inf") else seen
-    return Observation(client.hear_out(within=1), upstream.hear_out(within=1), {"ended_s": elapsed})
+    ends = client.hear_out(within=5), upstream.hear_out(within=5)
+    return Observation(*ends, {"ended_s": _elapsed(began, *ends)})
+
+
+def _elapsed(began: float, *ends: Heard) -> float:
+    """Seconds until all of them had ended; infinite if one has not."""
+    return float("inf") if any(end.ended == "timeout" for end in ends) else monotonic() - began
 
 
 def client_dies_with_data_on_the_way(subject: Subject, silence: Silence) -> Observation:
@@ -88,7 +93,9 @@ def client_dies_with_data_on_the_way(subject: Subject, silence: Silence) -> Obse
         transfer((client, REQUEST, upstream))
         silence(client.socket.getsockname()[1])
         upstream.push(ANSWER)
-        return Observation(figures={"ended_s": upstream.reset_seen()})
+        began = monotonic()
+        heard = upstream.hear_out()
+        return Observation(upstream=heard, figures={"ended_s": _elapsed(began, heard)})
 
 
 def client_dies_idle(subject: Subject, silence: Silence) -> Observation:
@@ -97,7 +104,9 @@ def client_dies_idle(subject: Subject, silence: Silence) -> Observation:
         transfer((client, REQUEST, upstream))
         transfer((upstream, ANSWER, client))
         silence(client.socket.getsockname()[1])
-        return Observation(figures={"ended_s": upstream.reset_seen()})
+        began = monotonic()
+        heard = upstream.hear_out()
+        return Observation(upstream=heard, figures={"ended_s": _elapsed(began, heard)})
 
 
 def upstream_dies_with_data_on_the_way(subject: Subject, silence: Silence) -> Observation:
@@ -106,7 +115,9 @@ def upstream_dies_with_data_on_the_way(subject: Subject, silence: Silence) -> Ob
         transfer((upstream, ANSWER, client))
         silence(upstream.socket.getpeername()[1])
         client.push(REQUEST)
-        return Observation(figures={"ended_s": client.reset_seen()})
+        began = monotonic()
+        heard = client.hear_out()
+        return Observation(heard, figures={"ended_s": _elapsed(began, heard)})
 
 
 def upstream_dies_idle(subject: Subject, silence: Silence) -> Observation:
@@ -115,4 +126,6 @@ def upstream_dies_idle(subject: Subject, silence: Silence) -> Observation:
         transfer((client, REQUEST, upstream))
         transfer((upstream, ANSWER, client))
         silence(upstream.socket.getpeername()[1])
-        return Observation(figures={"ended_s": client.reset_seen()})
+        began = monotonic()
+        heard = client.hear_out()
+        return Observation(heard, figures={"ended_s": _elapsed(began, heard)})

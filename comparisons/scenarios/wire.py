@@ -9,8 +9,10 @@ here: a lost connection is something that was observed.
 import contextlib
 import fcntl
 import hashlib
+import math
 import random
 import select
+import signal
 import socket
 import struct
 import termios
@@ -36,6 +38,10 @@ def payload(size: int, seed: int = 0) -> bytes:
 # More than any chain of default buffers holds: four proxies absorb 7.4 to 9.4 MB.
 # more than the kernel holds on both sides of a proxy (`rules.KERNEL`)
 FLOOD = payload(96 << 20, seed=7)
+
+
+class Inconclusive(Exception):  # noqa: N818  it is nobody's error
+    """The script did not come about, through no fault of the service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +71,14 @@ class Observation:
 
 
 class End:
-    """One end of a connection, held by a scenario."""
+    """One end of a connection, held by a scenario. It waits for nothing after `until` (monotonic)."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, until: float = math.inf) -> None:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = sock
+        self.until = until
         self.sent = self.received = 0
         self.ended: Ending | None = None
         self.may_send = True
@@ -119,14 +126,14 @@ class End:
 
     def hear(self, size: int, *, within: float = DEADLINE) -> None:
         """Read until `size` more bytes are here, or it ended."""
-        deadline, target = monotonic() + within, self.received + size
+        deadline, target = self._deadline(within), self.received + size
         while self.received < target and not self.ended and (left := deadline - monotonic()) > 0:
             self._wait(select.POLLIN, left)
             self.take(min(target - self.received, 1 << 16))
 
     def hear_out(self, *, within: float = DEADLINE) -> Heard:
         """Read to the end."""
-        deadline = monotonic() + within
+        deadline = self._deadline(within)
         while not self.ended and (left := deadline - monotonic()) > 0:
             self._wait(select.POLLIN, left)
             self.take()
@@ -142,7 +149,7 @@ class End:
 
     def push(self, data: bytes, *, within: float = DEADLINE) -> None:
         """Hand `data` to the kernel, whether or not anybody reads at the other end."""
-        deadline, view = monotonic() + within, memoryview(data)
+        deadline, view = self._deadline(within), memoryview(data)
         while view and self.may_send and (left := deadline - monotonic()) > 0:
             view = view[self.put(view) :]
             if view:
@@ -151,7 +158,7 @@ class End:
     def fill(self, data: bytes, *, patience: float = 0.3) -> None:
         """Send of `data` what is taken, until nothing more is taken for `patience` seconds."""
         view = memoryview(data)
-        while view and self.may_send:
+        while view and self.may_send and monotonic() < self.until:
             if count := self.put(view[: 1 << 16]):
                 view = view[count:]
             elif not self._wait(select.POLLOUT, patience):
@@ -163,7 +170,7 @@ class End:
 
     def wait_acknowledged(self, *, within: float = DEADLINE) -> bool:
         """Whether the peer's kernel has everything, the FIN included. TCP has no event for it."""
-        deadline, pause = monotonic() + within, select.poll()
+        deadline, pause = self._deadline(within), select.poll()
         while self.unacknowledged():
             if monotonic() > deadline:
                 return False
@@ -185,12 +192,16 @@ class End:
         """Seconds until the kernel knows of a reset, without reading; infinite if it never does."""
         began, poll = monotonic(), select.poll()
         poll.register(self.socket, 0)
-        while (left := began + within - monotonic()) > 0:
+        deadline = self._deadline(within)
+        while (left := deadline - monotonic()) > 0:
             if any(mask & select.POLLERR for _, mask in poll.poll(left * 1000)):
                 return monotonic() - began
             # both directions at their end report HUP for ever: no reason to spin
             select.poll().poll(10)
         return float("inf")
+
+    def _deadline(self, within: float) -> float:
+        return min(monotonic() + within, self.until)
 
     def _wait(self, mask: int, seconds: float) -> bool:
         poll = select.poll()
@@ -203,7 +214,9 @@ def transfer(*flows: tuple[End, bytes, End], within: float = DEADLINE) -> bool:
 
     Returns whether everything arrived; stops early where every hearer that still waits was cut off.
     """
-    deadline = monotonic() + within
+    deadline = min(
+        monotonic() + within, *(end.until for speaker, _, hearer in flows for end in (speaker, hearer))
+    )
     pending = [
         (speaker, memoryview(data), hearer, hearer.received + len(data)) for speaker, data, hearer in flows
     ]
@@ -237,13 +250,17 @@ def transfer(*flows: tuple[End, bytes, End], within: float = DEADLINE) -> bool:
 class Subject:
     """A service under test: where its clients reach it, and the listening sockets that it dials.
 
-    `pid` is the process that signals go to and whose descriptors are counted: only the scenarios
-    that need it ask for it.
+    `pid` is the process that signals go to and whose descriptors, and those of the processes that it
+    started, are counted: only the scenarios that need it ask for it. `drain` is the signal that asks it
+    to finish its sessions and end. After `until` (monotonic) nothing of a scenario waits any more: what
+    is connected or accepted then is a TimeoutError.
     """
 
     address: Address
     upstreams: tuple[socket.socket, ...] = ()
     pid: int = 0
+    drain: signal.Signals = signal.SIGTERM
+    until: float = math.inf
 
     def connect(self, *, narrow: bool = False) -> End:
         """A client, connected. A `narrow` one (TCP) has a small buffer and, since the peer's kernel
@@ -254,18 +271,18 @@ class Subject:
             if narrow:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_000)
-            sock.settimeout(DEADLINE)
+            sock.settimeout(self.patience())
             sock.connect(target(self.address))
         except BaseException:
             sock.close()
             raise
-        return End(sock)
+        return End(sock, self.until)
 
     def accept(self, upstream: int = 0, *, within: float = DEADLINE) -> End:
         """The upstream's end of the next connection that the service dials there."""
         listener = self.upstreams[upstream]
-        listener.settimeout(within)
-        return End(listener.accept()[0])
+        listener.settimeout(self.patience(within))
+        return End(listener.accept()[0], self.until)
 
     @contextlib.contextmanager
     def session(self, *, narrow: bool = False) -> Iterator[tuple[End, End]]:
@@ -273,9 +290,31 @@ class Subject:
         with self.connect(narrow=narrow) as client, self.accept() as upstream:
             yield client, upstream
 
+    def patience(self, within: float = DEADLINE) -> float:
+        """How many of `within` seconds are left. TimeoutError if none is."""
+        if (left := self.until - monotonic()) <= 0:
+            raise TimeoutError("the scenario's time is over")
+        return min(within, left)
+
+    def processes(self) -> list[int]:
+        """The service's process and those that it has started."""
+        found = [self.pid]
+        for pid in found:
+            for task in _listed(f"/proc/{pid}/task"):
+                with contextlib.suppress(OSError):  # it ends while it is looked at
+                    found += map(int, (task / "children").read_text(encoding="ascii").split())
+        return found
+
     def descriptors(self) -> int:
-        """How many descriptors the service's process has open."""
-        return sum(1 for _ in Path(f"/proc/{self.pid}/fd").iterdir())
+        """How many descriptors the service's processes have open."""
+        return sum(len(_listed(f"/proc/{pid}/fd")) for pid in self.processes())
+
+
+def _listed(folder: str) -> list[Path]:
+    """What is in a folder of /proc; nothing, if its process is gone."""
+    with contextlib.suppress(OSError):
+        return list(Path(folder).iterdir())
+    return []
 
 
 def family(address: Address) -> socket.AddressFamily:
@@ -309,6 +348,14 @@ def listen(address: Address) -> socket.socket:
             sock.close()
             raise
         return sock
+
+
+def clear(listener: socket.socket) -> None:
+    """Forget what an earlier scenario left in the backlog."""
+    listener.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
 
 
 def bound(sock: socket.socket) -> Address:

@@ -5,22 +5,21 @@ two), so that scenarios share a daemon: only other settings need another one.
 """
 
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from daemons import Daemon, Line, configuration
-from lines import Ended
 
+from comparisons.conformance.lines import Ended
 from comparisons.scenarios.rules import Rule, Transport
-from comparisons.scenarios.wire import Subject, bound, listen
+from comparisons.scenarios.wire import Subject, bound, clear, listen
 from services.core.addresses import Address
 
-SETTINGS = {"log.level": "debug", "limits.buffer": "64KiB", "timeouts.udp_idle": "400ms"}
+SETTINGS = {"log.level": "debug", "limits.buffer": "64KiB", "timeouts.udp_idle": "1s"}
 
 
 class Stage:
@@ -101,7 +100,7 @@ class Stage:
             return Subject(self._addresses[f"echo-{transport}"], (), self.daemon.pid)
         pool = f"{transport}x{upstreams}"
         for listener in self._upstreams[pool]:
-            _clear(listener)
+            clear(listener)
         return Subject(self._addresses[f"proxy-{pool}"], self._upstreams[pool], self.daemon.pid)
 
     def subject_of(self, rule: Rule, transport: Transport) -> Subject:
@@ -130,11 +129,3 @@ class Stage:
 
     def _buffer(self) -> int:
         return {"1B": 1, "1KiB": 1024, "64KiB": 65_536}[self._settings["limits.buffer"]]
-
-
-def _clear(listener: socket.socket) -> None:
-    """Forget what an earlier scenario left in the backlog."""
-    listener.setblocking(False)
-    with suppress(BlockingIOError):
-        while True:
-            listener.accept()[0].close()

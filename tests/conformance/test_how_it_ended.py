@@ -6,9 +6,9 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
-from lines import Ended
 from stage import Stage
 
+from comparisons.conformance.lines import Ended
 from comparisons.scenarios import connecting, datagrams, draining, echoing, timeouts
 from comparisons.scenarios.conversations import Step, conversation
 from comparisons.scenarios.rules import IMPATIENT, SHORT_DRAIN, Transport

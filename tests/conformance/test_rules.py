@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import pytest
-from findings import FINDINGS
-from lines import LINES, Ended
 from stage import Stage
 
+from comparisons.conformance.findings import FINDINGS
+from comparisons.conformance.lines import LINES, Ended, expected
 from comparisons.scenarios.network import Namespace
 from comparisons.scenarios.rules import RULES, Rule, Transport
 from comparisons.scenarios.wire import Observation
@@ -53,18 +53,16 @@ def test_the_rule_holds_and_the_log_says_how_it_ended(
         assert rule.faults(observation) == [], observation
         expect_finding("line")
 
-    expected = LINES[rule.name]
     if rule.place == "shared":
         stage = stages(rule.settings)
         observation = rule.scenario(stage.subject_of(rule, transport))
         judge(observation)
-        # a scenario may have had to rehearse more than once
-        expected = expected[:1] * (int(observation.figures.get("rehearsals", 1)) - 1) + expected
-        assert stage.endings(len(expected)) == expected
+        lines = expected(rule.name, observation)
+        assert stage.endings(len(lines)) == lines
     elif rule.place == "process":
         with Stage(engine, rule.settings) as stage:
             judge(rule.scenario(stage.subject_of(rule, transport)))
-            _judge_drain(stage, expected)
+            _judge_drain(stage, LINES[rule.name])
     else:
         with (
             Namespace() as namespace,
@@ -72,18 +70,18 @@ def test_the_rule_holds_and_the_log_says_how_it_ended(
         ):
             subject = stage.subject_of(rule, transport)
             judge(namespace.call(rule.scenario, subject, namespace.silence))
-            assert stage.endings(len(expected)) == expected
+            assert stage.endings(len(LINES[rule.name])) == LINES[rule.name]
 
 
 def test_every_scenario_has_its_lines() -> None:
     assert {rule.name for rule in RULES} == set(LINES)
 
 
-def _judge_drain(stage: Stage, expected: list[Ended]) -> None:
+def _judge_drain(stage: Stage, lines: list[Ended]) -> None:
     """The daemon was told to stop; late clients, let in before its listener closed, come beside."""
     stopped = stage.daemon.ended()
     endings = [Ended.of(line) for line in stage.daemon.closed()]
-    assert [ended for ended in endings if ended == expected[0]] == expected
+    assert [ended for ended in endings if ended == lines[0]] == lines
     assert stopped["cut"] == sum(ended.termination in {"KD", "KL"} for ended in endings)
     (draining,) = stage.daemon.lines("service_draining")
     assert draining["reason"] == "SIGTERM"

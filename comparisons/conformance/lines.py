@@ -3,11 +3,11 @@
 `ANY` stands where the scenario leaves open what comes first, or where a kernel's buffers decide.
 """
 
-from typing import NamedTuple
-
-from daemons import Line
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from comparisons.scenarios import closing, connecting, draining, echoing, flow, timeouts
+from comparisons.scenarios.wire import Observation
 
 
 class Anything:
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
     bytes_s2c: object = ANY
 
     @classmethod
-    def of(cls, line: Line) -> "Ended":
+    def of(cls, line: Mapping[str, Any]) -> "Ended":
         return cls(*(line[name] for name in cls._fields))
 
 
@@ -136,3 +136,9 @@ LINES: dict[str, list[Ended]] = {
     "vanishing_clients": [WHATEVER] * 102,
     "one_byte_at_a_time": [COMPLETE] * 12,
 }
+
+
+def expected(scenario: str, observation: Observation) -> list[Ended]:
+    """The lines of one run of a scenario, which may have had to rehearse more than once."""
+    lines = LINES[scenario]
+    return lines[:1] * (int(observation.figures.get("rehearsals", 1)) - 1) + lines

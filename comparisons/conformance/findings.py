@@ -1,7 +1,8 @@
 """What an I/O model cannot keep through its public interface: proven, and few.
 
-Every entry is a strict xfail: the day it holds, the suite says so. What a finding does not touch is
-still asserted: one that `shows_in` the line only has kept the rule itself.
+In the test suite every entry is a strict xfail: the day it holds, the suite says so; `triptych conform`
+shows it with its reason. What a finding does not touch must still hold: one that `shows_in` the line only
+has kept the rule itself.
 """
 
 from typing import Literal, NamedTuple

@@ -1,0 +1,1 @@
+"""`triptych conform`: the behaviour table, played on any proxy and judged."""
