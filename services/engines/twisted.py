@@ -348,6 +348,8 @@ class Engine:
         loss = sockets.loss_of(reason.value)
         if loss.reason in {Reason.RESET, Reason.BROKEN}:
             # it was connected and lost again before the reactor looked; there is no transport to read
+            if leg.session.awaits(dial.attempt):
+                self._legs[leg.session][UPSTREAM] = leg
             self._tell(leg.session, Dialled(dial.attempt))
             self._tell(leg.session, Lost(UPSTREAM, Loss(Reason.RESET, loss.error)))
         else:
