@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from daemons import Daemon, configuration
@@ -9,6 +10,22 @@ from daemons import Daemon, configuration
 from services.core.addresses import Address
 
 StartDaemon = Callable[..., Daemon]
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one process of pytest-xdist runs: a module's tests, those of each engine by themselves; and
+    all that boots a machine, since each machine has the same ports of this host.
+    """
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        engine = (
+            item.callspec.params.get("engine", "")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else ""
+        )
+        group = path.parts[0] if path.parts[0] == "deploy" else f"{path} {engine}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(
