@@ -8,7 +8,6 @@ shuffled order, while the others sleep. Whatever happens to a subject costs its 
 import contextlib
 import os
 import random
-import resource
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from typing import IO, Self
 import msgspec
 
 from comparisons import daemon_log
+from comparisons.descriptors import allow_descriptors
 from comparisons.load.job import Job, Outcome
 from comparisons.results import Cell
 from comparisons.subjects import Running, Subject, SubjectFailed
@@ -137,16 +137,6 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def allow_descriptors() -> int:
-    """Raises the soft limit of descriptors, which children inherit, as far as many idle sessions want it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(16_384, hard) if hard != resource.RLIM_INFINITY else 16_384
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        return wanted
-    return soft if soft != resource.RLIM_INFINITY else wanted
 
 
 def run_round(

@@ -109,7 +109,8 @@ def test_what_is_imported_is_declared(path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = project["dependencies"]
     if path.is_relative_to(ROOT / "comparisons"):
-        declared = declared + project["optional-dependencies"]["compare"]
+        extras = project["optional-dependencies"]
+        declared = declared + extras["compare"] + extras["spark"]
     names = {normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in declared}
     distributions = packages_distributions()
     for name in imports(path):

@@ -1,23 +1,13 @@
-"""One HTML page with everything in it: it opens without a network, and its policy forbids any.
-
-Charts are drawn by plotly.js, inlined once. Every text is escaped; data goes into the script as
-JSON with `<` escaped, so that no value can end it.
-"""
+"""The page of `triptych compare`: every workload with its charts, its figures and what the logs say."""
 
 from html import escape
-from pathlib import Path
 from typing import Any
 
-import msgspec
-from plotly.offline import get_plotlyjs
-
 from comparisons.report import figures
+from comparisons.report.document import HERE, caption, facts, glance, legend
+from comparisons.report.document import render as render_document
 from comparisons.results import Results, Spread, WorkloadFacts
 from comparisons.units import headline
-
-HERE = Path(__file__).parent
-# told apart by the colour-blind too (Okabe and Ito, 2008); the floor recedes
-COLOURS = {"direct": "#8a9199", "blocking": "#0072b2", "nonblocking": "#009e73", "twisted": "#d55e00"}
 
 
 def render(results: Results) -> str:
@@ -27,26 +17,19 @@ def render(results: Results) -> str:
         if results.client
         else "".join(_workload(results, workload, charts) for workload in results.workloads)
     )
-    parts = {
-        "style": (HERE / "page.css").read_text(encoding="utf-8"),
-        "plotly": get_plotlyjs(),
-        "script": (HERE / "page.js").read_text(encoding="utf-8"),
-        "charts": msgspec.json.encode(charts).decode().replace("<", "\\u003c"),
-        "colours": msgspec.json.encode(COLOURS).decode(),
-        "head": _head(results),
-        "broken": _broken(results),
-        "body": body,
-    }
-    page = (HERE / "page.html").read_text(encoding="utf-8")
-    # split at the marks rather than replace one after the other: inserted text is never searched
-    pieces = page.split("@@")
-    return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
+    return render_document(
+        "Triptych compare",
+        _head(results),
+        _broken(results) + body,
+        charts,
+        (HERE / "compare.js").read_text(encoding="utf-8"),
+    )
 
 
 def _head(results: Results) -> str:
     machine = results.machine
     kind = "the user's own client" if results.client else f"{len(results.workloads)} workloads"
-    facts = [
+    told = [
         ("measured", results.created.replace("T", " ")),
         ("rounds", f"{results.rounds}, order shuffled in each{', quick' if results.quick else ''}"),
         ("seed", str(results.seed)),
@@ -58,15 +41,12 @@ def _head(results: Results) -> str:
         ("command", " ".join(["triptych", *results.command])),
     ]
     if not results.complete:
-        facts.insert(0, ("incomplete", "the run was interrupted; what it had measured until then is shown"))
-    legend = "".join(
-        f'<li><span class="swatch" style="background:{COLOURS[name]}"></span>{escape(name)}</li>'
-        for name in results.subjects
-    )
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
+        told.insert(0, ("incomplete", "the run was interrupted; what it had measured until then is shown"))
     return (
         f"<h1>Triptych</h1><p class=lead>One echo and proxy service, three I/O models, {escape(kind)}.</p>"
-        f"<ul class=legend>{legend}</ul>{_glance(results)}<details><summary>How and on what it was measured</summary><dl>{rows}</dl></details>"
+        + legend(results.subjects)
+        + _glance(results)
+        + facts("How and on what it was measured", told)
     )
 
 
@@ -76,27 +56,15 @@ def _glance(results: Results) -> str:
         return ""
     rows = []
     for workload in results.workloads:
-        found = {name: results.spread(workload.name, name, workload.headline) for name in results.subjects}
-        most = max((spread.median for spread in found.values() if spread), default=0.0)
-        cells = "".join(_glance_cell(workload, name, spread, most) for name, spread in found.items())
+        found = [results.spread(workload.name, name, workload.headline) for name in results.subjects]
         note = "" if workload.headline == "throughput" else f"<small>{LESS}</small>"
-        rows.append(
-            f'<tr><th scope=row><a href="#{escape(workload.name)}">{escape(workload.title)}</a>'
-            f"{note}</th>{cells}</tr>"
-        )
-    heads = "".join(f"<th scope=col>{escape(name)}</th>" for name in results.subjects)
-    return f"<table class=glance><thead><tr><th scope=col>At a glance</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _glance_cell(workload: WorkloadFacts, name: str, spread: Spread | None, most: float) -> str:
-    if spread is None:
-        return "<td class=none>&ndash;</td>"
-    text = headline(workload.headline, workload.unit, spread.median)
-    width = 100 * spread.median / most if most else 0
-    return (
-        f"<td><span class=figure>{escape(text)}</span>"
-        f'<span class=bar><span style="width:{width:.1f}%;background:{COLOURS[name]}"></span></span></td>'
-    )
+        name = f'<a href="#{escape(workload.name)}">{escape(workload.title)}</a>{note}'
+        told = [
+            (headline(workload.headline, workload.unit, spread.median), spread.median) if spread else None
+            for spread in found
+        ]
+        rows.append((name, told))
+    return glance("At a glance", results.subjects, rows)
 
 
 def _workload(results: Results, workload: WorkloadFacts, charts: dict[str, Any]) -> str:
@@ -115,7 +83,7 @@ def _workload(results: Results, workload: WorkloadFacts, charts: dict[str, Any])
             identity = f"{workload.name}-{fields[0]}"
             charts[identity] = {"kind": kind, "series": series, "labels": ["p50", "p90", "p99"]}
             drawn.append(
-                f'<figure>{_caption(title, note)}<div id="{escape(identity)}" class=plot></div></figure>'
+                f'<figure>{caption(title, note)}<div id="{escape(identity)}" class=plot></div></figure>'
             )
     faults = "".join(
         f"<li><b>{escape(subject)}</b>, round {number}: {escape(reason)}</li>"
@@ -129,10 +97,6 @@ def _workload(results: Results, workload: WorkloadFacts, charts: dict[str, Any])
         + _table(results.subjects, figures.lines(results, workload, ranges=True))
         + f"<details><summary>What the logs say</summary>{_table(results.subjects, signals)}</details></section>"
     )
-
-
-def _caption(title: str, note: str) -> str:
-    return f"<figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>"
 
 
 def _charts(workload: WorkloadFacts) -> list[tuple[str, str, str, tuple[str, ...]]]:
@@ -187,7 +151,7 @@ def _own_traffic(results: Results, charts: dict[str, Any]) -> str:
     return (
         f"<section><h2>Your own client</h2><p class=about><code>{escape(' '.join(results.client))}</code></p>"
         "<div class=plots><figure>"
-        + _caption("Wall time, s", LESS)
+        + caption("Wall time, s", LESS)
         + "<div id=wall class=plot></div></figure></div>"
         + _table(results.subjects, figures.run_lines(results, ranges=True))
         + (f"<h3>What it said when it failed</h3><ul>{said}</ul>" if said else "")

@@ -6,23 +6,28 @@ import json
 import math
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from datetime import datetime, timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
+from hdrh.histogram import HdrHistogram
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from log_lines import ENGINES, NOT_OURS, Process, closed, drawn, written
 
-from comparisons.logs.commands import duration
-from comparisons.logs.reader import LINE_LIMIT, open_logs, printable
-from comparisons.logs.summary import AMOUNTS, TIMERS, Summary, summarize
+from comparisons.logs.reader import open_logs
+from comparisons.logs.show import duration, printable, size
+from comparisons.logs.sources import LINE_LIMIT
+from comparisons.logs.summary import AMOUNTS, EFFORTS, GROUPS, TIMERS, Summary, summarize
 from services.vocabulary import (
-    Event,
     ListenerOpened,
     ServiceStopped,
     SessionClosed,
@@ -31,108 +36,50 @@ from services.vocabulary import (
     SessionRefused,
 )
 
-ENGINES = ("blocking", "nonblocking", "twisted")
-ENDINGS = (("SF", "--"), ("RSTO", "CD"), ("RSTR", "SC"), ("RSTR", "cD"), ("S0", "--"))
-NOT_OURS = {
-    "the first half of a line": b'{"timestamp":"2026-11-22T10:00:00.000000Z","level":"in',
-    "a line torn behind a colon": b'{"timestamp":',
-    "a line torn in a list": b'{"timestamp":"2026-11-22T10:00:00.000000Z","addresses":[',
-    "text": b"Nov 22 10:00:00 host other[7]: hello",
-    "the JSON of another program": b'{"timestamp":"2026-11-22T10:00:00Z","level":"info","msg":"hello"}',
-    "JSON that is no object": b'["session_closed"]',
-    "two objects on a line": b'{"event":"session_closed"}{"event":"session_closed"}',
-    "bytes that are no UTF-8": b'\xff\xfe{"event":"session_closed"}',
-    "NUL bytes, as a crash leaves them": b"\0" * 4096,
-}
+# three significant figures, as the summary's quantiles have them
+HISTOGRAM = HdrHistogram(1, 2**45, 3)
+PERCENTS = {"p50": 50, "p90": 90, "p99": 99, "p999": 99.9}
 
 
-class Process:
-    """Writes lines as the log layer of one process does, a millisecond apart."""
-
-    def __init__(self, engine: str, pid: int = 7, millisecond: int = 0) -> None:
-        self.engine, self.pid, self.seq, self.millisecond = engine, pid, 0, millisecond
-
-    def line(self, event: Event, /, **changed: Any) -> bytes:
-        seconds, milliseconds = divmod(self.millisecond, 1000)
-        envelope = {
-            "timestamp": f"2026-11-22T{10 + seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}000Z",
-            "level": event.LEVEL,
-            "event": event.NAME,
-            "schema": 1,
-            "engine": self.engine,
-            "instance": "-",
-            "pid": self.pid,
-            "worker": 0,
-            "seq": self.seq,
-        }
-        self.seq += 1
-        self.millisecond += 1
-        return msgspec.json.encode({**envelope, **msgspec.structs.asdict(event), **changed})
-
-
-def closed(number: int = 0, **changed: Any) -> SessionClosed:
-    fields: dict[str, Any] = dict.fromkeys(SessionClosed.__struct_fields__)
-    counts = ("reads", "writes", "partial_writes", "would_block", "pauses", "peak_buffer", "spliced_bytes")
-    fields |= dict.fromkeys((*counts, "sessions", "bytes_c2s", "bytes_s2c"), 0)
-    fields |= dict.fromkeys(("duration_us", "max_gap_us", "paused_us", "loop_lag_us"), 0)
-    fields |= {"session": f"{number:026}", "service": "proxy", "listener": "front", "transport": "tcp"}
-    fields |= {"state": "SF", "history": "ShDdFf", "termination": "--", "closed_by": "client"}
-    return SessionClosed(**{**fields, **changed})
-
-
-def drawn(number: int, dice: random.Random) -> SessionClosed:
-    """A session whose timers are spread over six powers of ten, a third of the nullable ones null."""
-    nullable = ("accept_wait_us", "connect_us", "first_byte_us", "client_rtt_us", "upstream_rtt_us")
-    state, termination = dice.choice(ENDINGS)
-    values: dict[str, Any] = {timer: int(10 ** dice.uniform(0, 6)) for timer in TIMERS}
-    values |= {timer: None for timer in nullable if dice.random() < 1 / 3}
-    values |= {amount: dice.randrange(100_000) for amount in AMOUNTS[:2]}
-    if dice.random() < 1 / 4:
-        values |= {"transport": "udp"} | {amount: dice.randrange(100) for amount in AMOUNTS[2:]}
-    return closed(number, state=state, termination=termination, **values)
-
-
-def written(path: Path, lines: Sequence[bytes], end: bytes = b"\n") -> str:
-    path.write_bytes(b"\n".join(lines) + end)
-    return str(path)
-
-
-def nearest_rank(values: list[int], percent: int) -> int:
-    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
+def nearest_rank(values: list[int], percent: float) -> int:
+    """As HdrHistogram has it: the highest value of the bucket of the value with this rank."""
+    value = sorted(values)[math.ceil(len(values) * percent / 100) - 1]
+    highest: int = HISTOGRAM.get_highest_equivalent_value(value)
+    return highest
 
 
 def check_against_plain_python(found: Summary, sessions: dict[str, list[SessionClosed]]) -> None:
-    assert [engine.engine for engine in found.engines] == sorted(sessions)
+    assert [engine.name for engine in found.groups] == sorted(sessions)
     assert found.sessions == sum(map(len, sessions.values()))
-    for engine in found.engines:
-        mine = sessions[engine.engine]
+    for engine in found.groups:
+        mine = sessions[engine.name]
         assert engine.sessions == len(mine)
         assert {(each.state, each.termination): each.sessions for each in engine.endings} == Counter(
             (each.state, each.termination) for each in mine
         )
-        for amount in AMOUNTS:
+        for amount in (*AMOUNTS, *EFFORTS):
             values = [value for each in mine if (value := getattr(each, amount)) is not None]
             assert getattr(engine, amount) == (sum(values) if values else None)
         expected = {}
         for timer in TIMERS:
             values = [value for each in mine if (value := getattr(each, timer)) is not None]
             if values:
-                quantiles = {f"p{percent}": nearest_rank(values, percent) for percent in (50, 90, 99)}
+                quantiles = {name: nearest_rank(values, percent) for name, percent in PERCENTS.items()}
                 expected[timer] = {"sessions": len(values), **quantiles}
         assert msgspec.to_builtins(engine.timers) == expected
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(dice=st.randoms(use_true_random=False), size=st.integers(0, 60))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(dice=st.randoms(use_true_random=False), count=st.integers(0, 60))
 def test_the_numbers_are_those_of_plain_python_whatever_stands_between_the_lines(
-    tmp_path: Path, dice: random.Random, size: int
+    tmp_path: Path, dice: random.Random, count: int
 ) -> None:
     processes = [Process(engine, pid=dice.randrange(1, 4)) for engine in ENGINES]
     sessions: dict[str, list[SessionClosed]] = defaultdict(list)
     seqs: dict[tuple[str, int], list[int]] = defaultdict(list)
     lines: list[bytes] = []
     foreign = 0
-    for number in range(size):
+    for number in range(count):
         process = dice.choice(processes)
         session, seq = drawn(number, dice), process.seq
         line = process.line(session)
@@ -156,15 +103,71 @@ def test_the_numbers_are_those_of_plain_python_whatever_stands_between_the_lines
     }
 
 
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(dice=st.randoms(use_true_random=False), count=st.integers(1, 60), spread=st.integers(0, 9))
+def test_open_sessions_are_rebuilt_from_their_openings_and_ends(
+    tmp_path: Path, dice: random.Random, count: int, spread: int
+) -> None:
+    process = Process("twisted")
+    lines, ends = [], []
+    for number in range(count):
+        session = drawn(number, dice)
+        ends.append((process.millisecond * 1000, session.duration_us))
+        lines.append(process.line(session))
+        process.millisecond += dice.randrange(10**spread)
+    found = summarize([written(tmp_path / "open.log", lines)])
+    assert found.since
+    assert found.step_us
+    zero, since = (datetime.fromisoformat(text) for text in ("2026-11-22T10:00:00Z", found.since))
+    start = (since - zero) // timedelta(microseconds=1)
+    [group] = found.groups
+    after = [start + (number + 1) * found.step_us for number in range(len(group.open))]
+    assert group.open == [sum(end - took < moment <= end for end, took in ends) for moment in after]
+    assert list(accumulate(group.opened)) == [
+        sum(end - took < moment for end, took in ends) for moment in after
+    ]
+    assert (group.open[-1], sum(group.opened)) == (0, count)
+    assert len(group.open) <= 60
+    assert found.span_us == max(end for end, _ in ends) - min(end - took for end, took in ends)
+
+
+@pytest.mark.parametrize("by", GROUPS)
+def test_a_summary_is_by_any_of_the_groups(tmp_path: Path, by: str) -> None:
+    dice = random.Random(2)  # noqa: S311  data, not a secret
+    process = Process("twisted")
+    upstreams = [None, "10.0.0.1:6379", "unix:/run/redis.sock"]
+    sessions = [drawn(number, dice) for number in range(60)]
+    sessions = [msgspec.structs.replace(each, upstream=dice.choice(upstreams)) for each in sessions]
+    found = summarize([written(tmp_path / "by.log", [process.line(each) for each in sessions])], by)
+    names = Counter("twisted" if by == "engine" else getattr(each, by) or "-" for each in sessions)
+    assert {group.name: group.sessions for group in found.groups} == names
+    assert sum(group.bytes_c2s or 0 for group in found.groups) == sum(each.bytes_c2s for each in sessions)
+
+
+def test_the_clients_that_moved_most_come_first(tmp_path: Path) -> None:
+    process = Process("twisted")
+    moved = {f"192.0.2.{n}": n * 10 for n in range(8)} | {"2001:db8::1": 75}
+    lines = [
+        process.line(closed(n, client_ip=ip, bytes_c2s=amount // 2, bytes_s2c=amount - amount // 2))
+        for n, (ip, amount) in enumerate(moved.items())
+    ]
+    lines += [process.line(closed(99, client_ip=None, bytes_c2s=10**6))]
+    found = summarize([written(tmp_path / "talkers.log", lines)])
+    first = sorted(moved.items(), key=lambda each: -each[1])[:5]
+    assert [(each.client_ip, each.sessions, each.bytes) for each in found.talkers] == [
+        (ip, 1, amount) for ip, amount in first
+    ]
+
+
 def test_a_quantile_is_the_nearest_rank_for_any_number_of_sessions(tmp_path: Path) -> None:
-    for count in (*range(1, 12), 99, 100, 101, 250):
+    for count in (1, 2, 9, 10, 11, 250, 1001):
         process = Process("twisted")
-        values = random.Random(count).sample(range(10_000), count)  # noqa: S311 -- data, not a secret
+        values = random.Random(count).sample(range(10_000_000), count)  # noqa: S311 -- data, not a secret
         lines = [process.line(closed(n, duration_us=value)) for n, value in enumerate(values)]
-        [engine] = summarize([written(tmp_path / "quantiles.log", lines)]).engines
+        [engine] = summarize([written(tmp_path / "quantiles.log", lines)]).groups
         took = engine.timers["duration_us"]
-        expected = tuple(nearest_rank(values, percent) for percent in (50, 90, 99))
-        assert (took.sessions, took.p50, took.p90, took.p99) == (count, *expected)
+        expected = tuple(nearest_rank(values, percent) for percent in PERCENTS.values())
+        assert (took.sessions, took.p50, took.p90, took.p99, took.p999) == (count, *expected)
 
 
 @pytest.mark.parametrize("foreign", [pytest.param(line, id=name) for name, line in NOT_OURS.items()])
@@ -185,7 +188,7 @@ def test_a_line_that_is_not_ours_is_counted_and_quoted_and_is_no_session(
 @pytest.mark.parametrize(
     "changed",
     [
-        pytest.param({"event": "session_shut"}, id="an event that is not in the vocabulary"),
+        pytest.param({"event": "Session\x07"}, id="an event that is no name"),
         pytest.param({"engine": "\x1b[31mred"}, id="an engine that drives the terminal"),
         pytest.param({"state": "SF\x07"}, id="a state that is none"),
         pytest.param({"termination": "??"}, id="a termination that is none"),
@@ -228,7 +231,7 @@ def test_a_line_of_many_megabytes_is_one_torn_line(tmp_path: Path) -> None:
     assert [fault.line for fault in found.faults] == [2]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_log_cut_and_overwritten_anywhere_is_still_summed_up(tmp_path: Path, data: st.DataObject) -> None:
     process = Process("blocking")
@@ -301,7 +304,7 @@ def test_only_closed_sessions_count_and_the_others_are_told(tmp_path: Path) -> N
     ]
     found = summarize([written(tmp_path / "open.log", lines)])
     assert (found.lines, found.foreign, found.sessions, found.unclosed) == (8, 0, 1, 2)
-    [engine] = found.engines
+    [engine] = found.groups
     assert (engine.sessions, engine.refused, engine.bytes_c2s, engine.datagrams_c2s) == (1, 12, 5, None)
     assert [(each.lines, each.missing) for each in found.processes] == [(8, 0)]
 
@@ -316,7 +319,7 @@ def test_a_file_s_name_is_a_name_and_not_a_pattern(
     written(tmp_path / "ab.log", [Process("twisted").line(closed(1))])
     written(tmp_path / name, [Process("blocking").line(closed(0)), b"torn"])
     found = summarize([name])
-    assert [engine.engine for engine in found.engines] == ["blocking"]
+    assert [engine.name for engine in found.groups] == ["blocking"]
     assert (found.lines, found.faults[0].file) == (2, name)
 
 
@@ -364,7 +367,7 @@ def test_the_tables_fit_a_terminal_and_let_nothing_reach_it(three_engines: str) 
     assert f"\n  {three_engines}\n    118: \\x1b]0;owned\\x07 [bold]not ours[/bold] xx" in text
     assert "118 lines read, 1 of them not ours; 3 missing" in text
     for row in (
-        r"^ *sessions +39 +39 +39",
+        r"^ *blocking +39 +[\d,.]+ +0 ",
         r"^ *duration +blocking +39 +[\d.]+ (µs|ms|s) ",
         r"^ *twisted +4000002 ",
     ):
@@ -388,7 +391,7 @@ def test_the_journal_s_json_is_read_like_the_file_it_outlines(three_engines: str
     found = json.loads(logs_summary("--json", "-", stdin=journal.encode()).stdout)
     expected = json.loads(logs_summary("--json", three_engines).stdout)
     assert found["sessions"] == expected["sessions"]
-    assert found["engines"] == expected["engines"]
+    assert found["groups"] == expected["groups"]
     assert found["lines"] == expected["lines"] + 2
     assert found["foreign"] == expected["foreign"] + 2
 
@@ -410,6 +413,41 @@ def test_a_log_without_sessions_says_so(tmp_path: Path) -> None:
     done = logs_summary(path)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode().splitlines() == ["0 lines read, 0 of them not ours; 0 missing", "no session"]
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (10**20, "100 EB"),
+    ],
+)
+def test_sizes_are_written_in_units_a_person_reads(amount: int, text: str) -> None:
+    assert size(amount) == text
+
+
+def test_an_interrupt_ends_the_reading_without_a_traceback(three_engines: str, tmp_path: Path) -> None:
+    lines = Path(three_engines).read_bytes().splitlines(keepends=True)[:-1]
+    (tmp_path / "long.log").write_bytes(b"".join(lines) * 200)
+    command = [sys.executable, "-m", "services.cli", "logs", "summary", str(tmp_path / "long.log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reading:
+        # once the log is open it is being read
+        process = psutil.Process(reading.pid)
+        while not any(file.path.endswith("long.log") for file in process.open_files()):
+            assert reading.poll() is None
+        reading.send_signal(signal.SIGINT)
+        stdout, stderr = reading.communicate(timeout=60)
+    assert (reading.returncode, stdout, stderr.strip()) == (130, b"", b"")
+
+
+def test_a_master_without_spark_is_a_mistake_in_the_call(three_engines: str) -> None:
+    done = logs_summary("--master", "local[2]", three_engines)
+    assert (done.returncode, done.stdout) == (64, b"")
+    assert b"--backend spark" in done.stderr
 
 
 @pytest.mark.parametrize("make", [None, Path.mkdir], ids=["not there", "a directory"])

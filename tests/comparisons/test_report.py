@@ -2,9 +2,11 @@
 
 import html.parser
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
+from browser import Page
 from rich.console import Console
 
 from comparisons.report import page, table
@@ -178,6 +180,18 @@ def test_the_page_loads_nothing_from_anywhere(awkward: Results) -> None:
     assert style is not None
     assert "@import" not in style[1]
     assert "url(" not in style[1]
+
+
+def test_a_browser_draws_the_page_in_the_light_and_in_the_dark(awkward: Results, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page.render(awkward), encoding="utf-8")
+    bar = "document.getElementById('echo-64-64-throughput').data[0].marker.color"
+    with Page(path, tmp_path / "chromium") as browser:
+        light = browser.wait_for(bar)
+        assert browser.evaluate("document.querySelectorAll('.plot .main-svg').length") > 0
+        browser.prefer(dark=True)
+        browser.wait_for(f"{bar} !== '{light}'")
+        assert browser.faults == []
 
 
 def test_the_charts_of_the_page_have_the_figures(awkward: Results) -> None:
