@@ -208,6 +208,7 @@ class Engine:
             if admitted is None:
                 sockets.refuse(sock)
                 continue
+            sockets.complete_options(sock, self._service.dead_peer)
             self._perform(actions)
             self._leave(session)
 

@@ -173,6 +173,7 @@ class Engine:
                 sockets.refuse(sock)
                 continue
             session, actions = admitted
+            sockets.complete_options(sock, self._service.dead_peer)
             self._legs[session] = {CLIENT: _Leg(session, CLIENT, sock)}
             self._deadlines.arm(session)
             self._perform(actions, now)

@@ -99,6 +99,16 @@ def set_options(sock: socket.socket, dead_peer: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(dead_peer * 1000))
 
 
+def complete_options(sock: socket.socket, dead_peer: float) -> None:
+    """What a listener hands down, it hands down at the handshake: a client that was in its backlog
+    before it had its options, as with a socket that was handed over, has none of them.
+    """
+    if sock.family != socket.AF_UNIX and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) != int(
+        dead_peer * 1000
+    ):
+        set_options(sock, dead_peer)
+
+
 def dial_socket(address: Address, dead_peer: float) -> socket.socket:
     """A blocking socket that `sockaddr(address)` can be connected with."""
     if address.transport == "unix":

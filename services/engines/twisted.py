@@ -293,6 +293,7 @@ class Engine:
                 sockets.refuse(sock)
                 continue
             session, actions = admitted
+            sockets.complete_options(sock, self._service.dead_peer)
             leg = _Leg(self, session, CLIENT)
             self._legs[session] = {CLIENT: leg}
             if self._adopt(sock, leg):

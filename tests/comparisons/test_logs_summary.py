@@ -362,7 +362,8 @@ def test_the_tables_fit_a_terminal_and_let_nothing_reach_it(three_engines: str) 
     done = logs_summary(three_engines)
     assert (done.returncode, done.stderr) == (0, b"")
     text = done.stdout.decode()
-    assert all(len(line) <= 80 for line in text.splitlines())
+    # but for the one that names the file
+    assert all(len(line) <= 80 for line in text.splitlines() if three_engines not in line)
     assert all(char.isprintable() or char == "\n" for char in text)
     assert f"\n  {three_engines}\n    118: \\x1b]0;owned\\x07 [bold]not ours[/bold] xx" in text
     assert "118 lines read, 1 of them not ours; 3 missing" in text
