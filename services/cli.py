@@ -23,6 +23,9 @@ INTERRUPTED = 130
 
 # name: where the command is, and its line in `triptych --help`, which must not load it
 LAZY = {
+    "status": ("services.operate:status", "Show what the running daemons do."),
+    "upstream": ("services.operate:upstream", "Drain, enable or weight an upstream."),
+    "session": ("services.operate:session", "Close a session."),
     "compare": ("comparisons.compare:command", "Run the three engines on the same workloads."),
     "split": ("comparisons.sidebyside.split:command", "Deal the sessions of one port to the three engines."),
     "shadow": (

@@ -87,7 +87,12 @@ class UpstreamConfig(Struct, frozen=True, kw_only=True):
 
 
 class PoolConfig(Choice, frozen=True, kw_only=True):
+    """`resolve` is how often the names of its upstreams are looked up again, in seconds: half of the
+    minute that load balancers with moving addresses commonly ask for.
+    """
+
     upstreams: tuple[UpstreamConfig, ...]
+    resolve: float = 30.0
 
 
 class MetricsConfig(Struct, frozen=True, kw_only=True):
@@ -98,6 +103,12 @@ class MetricsConfig(Struct, frozen=True, kw_only=True):
 
 class FaultsConfig(Struct, frozen=True, kw_only=True):
     """Where listeners and their faults are controlled in Toxiproxy's protocol, as with metrics."""
+
+    address: Address
+
+
+class ControlConfig(Struct, frozen=True, kw_only=True):
+    """Where `triptych status` finds this daemon: unix:/PATH, instead of the runtime directory."""
 
     address: Address
 
@@ -113,6 +124,7 @@ class Config(Struct, frozen=True, kw_only=True):
     timeouts: Timeouts = Timeouts()
     metrics: MetricsConfig | None = None
     faults: FaultsConfig | None = None
+    control: ControlConfig | None = None
 
 
 class Source(NamedTuple):
@@ -136,10 +148,15 @@ class ConfigError(Exception):
 
 def load(path: Path) -> Config:
     """The configuration in the file at `path`. ConfigError with all its faults."""
+    return read(document(path))
+
+
+def document(path: Path) -> dict[str, Any]:
+    """What is written in the TOML file at `path`. ConfigError."""
     import tomllib  # noqa: PLC0415  only a daemon with a file pays for it
 
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"cannot be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
@@ -148,7 +165,6 @@ def load(path: Path) -> Config:
         raise ConfigError([f"not TOML: {error}"]) from error
     except RecursionError as error:
         raise ConfigError(["not TOML: nested too deeply"]) from error
-    return read(document)
 
 
 def from_flags(
@@ -166,7 +182,7 @@ def from_flags(
     `echo-1`, `echo-2` in the order of their flags. A fault is given to every listener that can suffer
     it. ConfigError names the flags.
     """
-    tables = [_fault_table(text) for text in faults]
+    tables = [fault_table(text) for text in faults]
     for table, text in zip(tables, faults, strict=True):
         if not any(_suffers(address, table["type"]) for address in listen):
             raise ConfigError([f"--fault: {text}: no --listen has what this fault is for"])
@@ -205,7 +221,7 @@ def from_flags(
         raise ConfigError(list(dict.fromkeys(told))) from error
 
 
-def _fault_table(text: str) -> dict[str, Any]:
+def fault_table(text: str) -> dict[str, Any]:
     """`latency:delay=2ms,probability=0.5` as the table that a file would have."""
     kind, _, rest = text.partition(":")
     table: dict[str, Any] = {"type": kind}
@@ -231,7 +247,7 @@ def _suffers(address: str, kind: str) -> bool:
 
 def read(document: Mapping[str, Any]) -> Config:
     faults: list[str] = []
-    config: Config = _struct(Config, document, "", faults)
+    config: Config = read_struct(Config, document, "", faults)
     _check(config, document, faults)
     if faults:
         raise ConfigError(faults)
@@ -245,6 +261,9 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
         address = getattr(interface, "address", FAULTY)
         if address is not FAULTY and address.transport == "udp":
             faults.append(f"{key}.address: {key} are asked for over HTTP, so not at a udp: address")
+    control = getattr(config.control, "address", FAULTY)
+    if control is not FAULTY and control.transport != "unix":
+        faults.append("control.address: a daemon is controlled on its own machine: expected unix:/PATH")
     names: dict[str, str] = {}
     addresses: dict[Address, str] = {}
     # as written, so that a pool with a fault inside is not called unknown as well
@@ -361,7 +380,7 @@ def _check_faults(listener: ListenerConfig, path: str, faults: list[str]) -> Non
             faults.append(f"{where}.name: {_quote(fault.label)} is the name of {first} already")
 
 
-def _struct(kind: type[Struct], raw: Mapping[str, Any], path: str, faults: list[str]) -> Any:
+def read_struct(kind: type[Struct], raw: Mapping[str, Any], path: str, faults: list[str]) -> Any:
     """An instance of `kind` with FAULTY where a value could not be read."""
     fields = {
         field.encode_name: field
@@ -393,7 +412,7 @@ def _value(kind: Any, raw: Any, path: str, faults: list[str]) -> Any:
     if isinstance(kind, UnionType) and kind != Network and isinstance(raw, dict):
         return _tagged(arguments, raw, path, faults)
     if isinstance(kind, type) and issubclass(kind, Struct) and isinstance(raw, dict):
-        return _struct(kind, raw, path, faults)
+        return read_struct(kind, raw, path, faults)
     if origin is Annotated:
         return _number(kind, raw, path, faults)
     if origin is Literal and raw in arguments:
@@ -426,7 +445,7 @@ def _tagged(kinds: Sequence[type[Struct]], raw: Mapping[str, Any], path: str, fa
         near = _similar(tag, tags) if isinstance(tag, str) else ""
         faults.append(f"{_join(path, 'type')}: expected {_choices(tags)}, not {_quote(tag)}{near}")
     else:
-        return _struct(tags[tag], {key: raw[key] for key in raw if key != "type"}, path, faults)
+        return read_struct(tags[tag], {key: raw[key] for key in raw if key != "type"}, path, faults)
     return FAULTY
 
 

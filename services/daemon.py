@@ -6,8 +6,9 @@ engine is imported, so that a fault of the set-up is told at once and an engine 
 log is opened before the first session. The engine runs in the main thread until it is drained.
 
 Beside the engine there are a few threads, which touch nothing of it but its public methods: one waits
-for signals, one reloads (it resolves names), one tells the service manager how it goes, one answers
-Prometheus, and one those who control its faults. Its listeners come and go by `listeners.py`.
+for signals, one reloads, one resolves names, one tells the service manager how it goes, and one each
+answers Prometheus, those who control its faults, and its operator. Its listeners come and go by
+`listeners.py`.
 """
 
 import os
@@ -18,31 +19,34 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from services import systemd, vocabulary
+from services import control, status, systemd, vocabulary
 from services.config import Config, ConfigError, Source
+from services.core.addresses import Address
 from services.core.service import Gauges, Service
-from services.core.upstreams import Pool, Upstream
+from services.core.upstreams import Pool
 from services.endpoints import (
     EndpointError,
     Listener,
+    Route,
     bound_address,
     close_listeners,
     exposure,
     open_interface,
     open_listeners,
     refuse_loops,
-    resolve,
 )
 from services.engines.base import load
 from services.health import Checker
 from services.listeners import DrainingError, Listeners, key_of, route
 from services.logs import Log
-from services.web import Request, Response, WebServer
+from services.resolver import Name, Resolver, build_pools
+from services.web import Server, WebServer
 
 _STAT = Path("/proc/self/stat")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -50,6 +54,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 # For the engine's own, a log opened anew, names that are looked up, and clients of the interfaces
 OWN_DESCRIPTORS = 60
+Interface = Literal["metrics", "faults", "control"]
+INTERFACES: tuple[Interface, ...] = get_args(Interface)
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 # The service manager hears of us this often where it has no watchdog.
 REPORT_INTERVAL = 10.0
@@ -85,7 +91,8 @@ def run(config: Config, *, instance: str = "-", source: Source | None = None) ->
             just opens the log anew.
 
     Raises:
-        EndpointError: an address cannot be bound, an upstream's name means nothing, or this is not Linux.
+        EndpointError: an address cannot be bound, an upstream's name in the flags means nothing, or this
+            is not Linux.
         OSError: the log cannot be opened.
 
     """
@@ -96,13 +103,29 @@ def run(config: Config, *, instance: str = "-", source: Source | None = None) ->
     inherited = systemd.claim()
     listeners = open_listeners(config.listeners, inherited)
     try:
-        pools = _pools(config)
+        pools, unresolved = build_pools(config)
+        if source is None:
+            for error in unresolved.values():
+                raise error
         refuse_loops([route(each, pools[each.pool]) for each in listeners if each.pool])
-        metrics = open_interface(config.metrics.address, inherited) if config.metrics else []
-        faults = open_interface(config.faults.address, inherited) if config.faults else []
+        interfaces: dict[Interface, Sequence[socket.socket]] = {
+            "metrics": open_interface(config.metrics.address, inherited) if config.metrics else [],
+            "faults": open_interface(config.faults.address, inherited) if config.faults else [],
+        }
+        uncontrolled = None
+        try:
+            interfaces["control"] = control.open_socket(
+                config.control.address if config.control else None, os.environ
+            )
+        except EndpointError as error:
+            if config.control:
+                raise
+            uncontrolled = error.message
         log = Log(config.log.path, config.log.level, config.engine, instance)
         try:
-            _Daemon(config, instance, source, inherited, log).serve(listeners, pools, metrics, faults)
+            if uncontrolled is not None:
+                log.emit(vocabulary.EngineDegraded(lacking=uncontrolled, instead="no control socket"))
+            _Daemon(config, instance, source, inherited, log).serve(listeners, pools, unresolved, interfaces)
         finally:
             log.close()
     finally:
@@ -143,24 +166,23 @@ class _Daemon:
         self,
         opened: list[Listener],
         pools: Mapping[str, Pool],
-        metrics: Sequence[socket.socket],
-        faults: Sequence[socket.socket],
+        unresolved: Mapping[Name, EndpointError],
+        interfaces: Mapping[Interface, Sequence[socket.socket]],
     ) -> None:
         self._adopt(pools)
         engine = load(self._config.engine)
         self._listeners = Listeners(opened, pools, self._service, engine, self._log.emit)
-        servers = []
-        if metrics:
-            servers.append(self._answer("metrics", metrics, self._metrics()))
-        if faults:
-            # loaded only by a daemon that is controlled so
-            from services.toxiproxy import Toxiproxy  # noqa: PLC0415
-
-            servers.append(self._answer("faults", faults, Toxiproxy(self._listeners).respond))
+        files = [
+            Path(address.host)
+            for name, sockets in interfaces.items()
+            for address in map(bound_address, sockets)
+            if address.transport == "unix" and self._is_ours(name)
+        ]
+        servers = [self._answer(name, sockets) for name, sockets in interfaces.items() if sockets]
         if self._config.engine != "blocking" and not hasattr(select, "epoll"):
             self._log.emit(vocabulary.EngineDegraded(lacking="epoll", instead="poll"))
         threading.Thread(target=self._await_signals, name="signals", daemon=True).start()
-        self._checker = Checker(pools.values(), self._found)
+        self._look_after(unresolved)
         self._log.emit(
             vocabulary.ServiceReady(addresses=self._listeners.addresses(), start_us=_since_process_start())
         )
@@ -170,9 +192,8 @@ class _Daemon:
         self._listeners.engine.run()
         for server in servers:
             server.close()
-        for interface in (self._config.metrics, self._config.faults):
-            if interface and interface.address.transport == "unix":
-                Path(interface.address.host).unlink(missing_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)
         self._service.stopped(time.monotonic())
 
     # Upstreams ----------------------------------------------------------------------------------
@@ -184,6 +205,42 @@ class _Daemon:
             if name in self._pools:
                 pool.succeed(self._pools[name])
         self._pools = pools
+
+    def _look_after(self, unresolved: Mapping[Name, EndpointError]) -> None:
+        """The pools that were adopted, from now on."""
+        self._checker = Checker(self._pools.values(), self._found)
+        self._resolver = Resolver(
+            self._config,
+            self._pools,
+            unresolved,
+            vet=self._vet,
+            moved=self._moved,
+            emit=self._log.emit,
+        )
+
+    def _vet(self, name: Name, addresses: Sequence[Address]) -> None:
+        """EndpointError where an upstream with these addresses would lead back here."""
+        refuse_loops(
+            [
+                Route(
+                    held.name,
+                    held.listener.addresses,
+                    [
+                        address
+                        for upstream in held.pool.upstreams
+                        for address in (
+                            addresses if (held.pool.name, upstream.name) == name else upstream.addresses
+                        )
+                    ],
+                )
+                for held in self._listeners.all()
+                if held.pool
+            ]
+        )
+
+    def _moved(self, name: Name, addresses: Sequence[Address]) -> None:
+        """By the resolver, in its thread."""
+        self._listeners.engine.post(lambda: self._pools[name.pool].moved(name.upstream, addresses))
 
     def _found(self, pool: Pool, upstream: str, error: str | None) -> None:
         """By a health check, in its thread."""
@@ -227,10 +284,10 @@ class _Daemon:
         """Everything that can fail comes first; then nothing does."""
         if config.engine != self._config.engine:
             raise ConfigError([f"engine: {self._config.engine} is running, and only a restart changes that"])
-        for interface in ("metrics", "faults"):
+        for interface in INTERFACES:
             if getattr(config, interface) != getattr(self._config, interface):
                 raise ConfigError([f"{interface}.address: only a restart changes that"])
-        pools = _pools(config)
+        pools, unresolved = build_pools(config)
         listeners = self._listeners
         with listeners.changing():
             difference = listeners.compare(config.listeners)
@@ -252,9 +309,10 @@ class _Daemon:
                 )
             )
             self._checker.stop()
+            self._resolver.stop()
             listeners.engine.post(partial(self._reconfigure, config, pools))
             listeners.take_over(difference, pools, opened, old_faults)
-            self._checker = Checker(pools.values(), self._found)
+            self._look_after(unresolved)
 
     def _reconfigure(self, config: Config, pools: Mapping[str, Pool]) -> None:
         """Where the engine's state may be touched."""
@@ -263,33 +321,63 @@ class _Daemon:
 
     # Interfaces ---------------------------------------------------------------------------------
 
-    def _answer(
-        self,
-        name: Literal["metrics", "faults"],
-        listening: Sequence[socket.socket],
-        respond: Callable[[Request], Response],
-    ) -> WebServer:
+    def _is_ours(self, name: Interface) -> bool:
+        """Or did the service manager bind its socket?"""
+        configured = getattr(self._config, name)
+        return configured is None or configured.address.transport != "systemd"
+
+    def _answer(self, name: Interface, listening: Sequence[socket.socket]) -> Server:
         for each in listening:
             address = bound_address(each)
             self._log.emit(vocabulary.InterfaceOpened(interface=name, address=str(address)))
             risk = exposure(name, address)
             if risk is not None:
                 self._log.emit(vocabulary.ListenerExposed(listener=name, address=str(address), risk=risk))
-        server = WebServer(name, listening, respond, self._log.emit)
+        server = self._server(name, listening)
         server.start()
         return server
 
-    def _metrics(self) -> Callable[[Request], Response]:
-        # loaded only by a daemon that is asked for metrics
+    def _server(self, name: Interface, listening: Sequence[socket.socket]) -> Server:
+        """What only some daemons are asked for is loaded only by those."""
+        if name == "control":
+            return control.Control(
+                listening,
+                engine=self._listeners.engine,
+                service=self._service,
+                held=self._listeners.all,
+                pools=lambda: self._pools,
+                identity={
+                    "triptych": version("triptych"),
+                    "engine": self._config.engine,
+                    "instance": self._instance,
+                },
+                uptime_us=_since_process_start,
+                clock=time.monotonic,
+                emit=self._log.emit,
+            )
+        if name == "faults":
+            from services.toxiproxy import Toxiproxy  # noqa: PLC0415
+
+            return WebServer(name, listening, Toxiproxy(self._listeners).respond, self._log.emit)
         from services.metrics import Metrics  # noqa: PLC0415
 
-        return Metrics(
-            lambda: self._listeners.ask(lambda: self._service.snapshot(time.monotonic())),
+        metrics = Metrics(
+            lambda: self._listeners.ask(self._counted),
             engine=self._config.engine,
             instance=self._instance,
             started=time.time() - _since_process_start() / 1e6,
             reloads=self._reloads,
-        ).respond
+        )
+        return WebServer(name, listening, metrics.respond, self._log.emit)
+
+    def _counted(self) -> status.Counted:
+        """Where the engine's state may be touched."""
+        now = time.monotonic()
+        return status.Counted(
+            self._service.snapshot(now),
+            [status.of_pool(pool, now) for pool in self._pools.values()],
+            status.of_admission(self._service.admission, self._service.open_sessions, now),
+        )
 
     # The service manager ------------------------------------------------------------------------
 
@@ -310,27 +398,6 @@ class _Daemon:
     def _status(self) -> str:
         doing = "draining" if self._service.draining else f"on {', '.join(self._listeners.addresses())}"
         return f"STATUS={self._config.engine} {doing}; {self._service.open_sessions} sessions"
-
-
-def _pools(config: Config) -> dict[str, Pool]:
-    return {
-        name: Pool(
-            name,
-            [
-                Upstream(
-                    str(each.address),
-                    tuple(resolve(each.address)),
-                    weight=each.weight,
-                    backup=each.backup,
-                    limit=each.sessions,
-                    proxy_protocol=each.proxy_protocol,
-                )
-                for each in pool.upstreams
-            ],
-            pool,
-        )
-        for name, pool in config.pools.items()
-    }
 
 
 def _spare_descriptors() -> int:

@@ -190,7 +190,9 @@ def _reaches(dialled: Address, bound: Address) -> bool:
     return True
 
 
-def exposure(service: Literal["echo", "proxy", "metrics", "faults"], address: Address) -> str | None:
+def exposure(
+    service: Literal["echo", "proxy", "metrics", "faults", "control"], address: Address
+) -> str | None:
     """What listening on this bound address offers to other hosts, in one phrase; None on loopback."""
     host = address.host.removeprefix("::ffff:")
     if address.transport == "unix" or host.startswith("127.") or host == "::1":

@@ -111,6 +111,10 @@ class Listeners:
     def addresses(self) -> list[str]:
         return [str(each.address) for held in self._held for each in held.listening]
 
+    def all(self) -> list[Held]:
+        """From any thread."""
+        return list(self._held)
+
     def stop(self, reason: str) -> None:
         with self._lock:
             self._stopping = True
@@ -210,7 +214,7 @@ class Listeners:
     def streams(self) -> list[Held]:
         """Those that the control interface knows: one of each name, and no datagrams."""
         found: dict[str, Held] = {}
-        for held in list(self._held):
+        for held in self.all():
             if held.policy.transport != "udp":
                 found.setdefault(held.name, held)
         return list(found.values())

@@ -12,6 +12,7 @@ depend on who wrote the scrape configuration, and the three engines are to be co
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from typing import get_args
 
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import (
@@ -23,8 +24,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from services.core.service import Snapshot
 from services.core.tally import BOUNDS_US, Histogram
+from services.status import Counted, UpstreamState
 from services.web import Request, Response
 
 # Their `le` labels, in seconds.
@@ -44,7 +45,7 @@ class Metrics:
 
     def __init__(
         self,
-        collect: Callable[[], Snapshot],
+        collect: Callable[[], Counted],
         *,
         engine: str,
         instance: str,
@@ -70,12 +71,12 @@ class Metrics:
 
 
 class _Families(Collector):
-    """A snapshot as Prometheus' metric families."""
+    """What was counted as Prometheus' metric families."""
 
     def __init__(
-        self, snapshot: Snapshot, identity: dict[str, str], started: float, reloads: Mapping[str, int]
+        self, counted: Counted, identity: dict[str, str], started: float, reloads: Mapping[str, int]
     ) -> None:
-        self._snapshot = snapshot
+        self._snapshot, self._pools, self._admission = counted
         self._identity = identity
         self._engine = identity["engine"]
         self._started = started
@@ -87,6 +88,8 @@ class _Families(Collector):
         yield info
         yield from self._sessions()
         yield from self._traffic()
+        yield from self._upstreams()
+        yield from self._admitted()
         yield from self._service()
         yield from self._process()
 
@@ -144,6 +147,71 @@ class _Families(Collector):
         yield self._counter(
             "triptych_datagrams_dropped", "Replies that the kernel would not take.", totals.datagrams_dropped
         )
+
+    def _upstreams(self) -> Iterator[Metric]:
+        queued = GaugeMetricFamily(
+            "triptych_pool_queued_sessions",
+            "Sessions that wait for an upstream with room.",
+            labels=("engine", "pool"),
+        )
+        labels = ("engine", "pool", "upstream")
+        # by states, so that an alert can tell what the operator wanted from what happened
+        states = GaugeMetricFamily(
+            "triptych_upstream_state",
+            "1 for the state that the upstream is in; new sessions are for those that are up.",
+            labels=(*labels, "state"),
+        )
+        weight = GaugeMetricFamily("triptych_upstream_weight", "Its share of new sessions.", labels=labels)
+        sessions = GaugeMetricFamily("triptych_upstream_sessions", "Sessions that it has.", labels=labels)
+        limit = GaugeMetricFamily(
+            "triptych_upstream_sessions_limit",
+            "Sessions that it may have, where there is a limit.",
+            labels=labels,
+        )
+        chosen = CounterMetricFamily(
+            "triptych_upstream_chosen", "Sessions that were dialled to it.", labels=labels
+        )
+        failed = CounterMetricFamily(
+            "triptych_upstream_failures", "Sessions that could not be connected to it.", labels=labels
+        )
+        ejections = CounterMetricFamily(
+            "triptych_upstream_ejections", "Times that it was passed over for a while.", labels=labels
+        )
+        checks = CounterMetricFamily(
+            "triptych_upstream_checks", "Health checks, by their result.", labels=(*labels, "result")
+        )
+        for pool in self._pools:
+            queued.add_metric((self._engine, pool.pool), pool.queued)
+            # of one name there may be several, which are told as one series
+            for each in {each.upstream: each for each in pool.upstreams}.values():
+                values = (self._engine, pool.pool, each.upstream)
+                for state in get_args(UpstreamState):
+                    states.add_metric((*values, state), float(each.state == state))
+                weight.add_metric(values, each.weight)
+                sessions.add_metric(values, each.sessions)
+                if each.limit is not None:
+                    limit.add_metric(values, each.limit)
+                chosen.add_metric(values, each.accepted)
+                failed.add_metric(values, each.failed_dials)
+                ejections.add_metric(values, each.ejections)
+                checks.add_metric((*values, "passed"), each.passed_checks)
+                checks.add_metric((*values, "failed"), each.failed_checks)
+        yield from (queued, states, weight, sessions, limit, chosen, failed, ejections, checks)
+
+    def _admitted(self) -> Iterator[Metric]:
+        admission = self._admission
+        refused = CounterMetricFamily(
+            "triptych_admission_refused",
+            "Clients refused by a list or a limit: list, sessions, client (its own limit) or rate.",
+            labels=("engine", "cause"),
+        )
+        for cause, count in admission.refused.items():
+            refused.add_metric((self._engine, cause), count)
+        yield refused
+        if admission.sessions_limit is not None:
+            yield self._gauge(
+                "triptych_sessions_limit", "Sessions that may be open at one time.", admission.sessions_limit
+            )
 
     def _service(self) -> Iterator[Metric]:
         totals = self._snapshot.totals

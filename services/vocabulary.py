@@ -126,10 +126,10 @@ class ListenerClosed(Event, frozen=True, kw_only=True):
 
 
 class InterfaceOpened(Event, frozen=True, kw_only=True):
-    """Where this process itself answers: Prometheus, or those who control its faults."""
+    """Where this process itself answers: Prometheus, those who control its faults, or its operator."""
 
     NAME = "interface_opened"
-    interface: Literal["metrics", "faults"]
+    interface: Literal["metrics", "faults", "control"]
     address: str
 
 
@@ -164,6 +164,38 @@ class UpstreamDown(Event, frozen=True, kw_only=True):
     pool: str
     upstream: str
     reason: str
+
+
+class UpstreamChanged(Event, frozen=True, kw_only=True):
+    """The operator drained, enabled or weighted an upstream: what holds for new sessions now."""
+
+    NAME = "upstream_changed"
+    pool: str
+    upstream: str
+    draining: bool
+    weight: Count
+
+
+class UpstreamResolved(Event, frozen=True, kw_only=True):
+    """The name of an upstream stands for other addresses than before; new sessions are for these."""
+
+    NAME = "upstream_resolved"
+    pool: str
+    upstream: str
+    addresses: list[str]
+
+
+class UpstreamUnresolved(Event, frozen=True, kw_only=True):
+    """The name of an upstream could not be resolved, for this reason, and `addresses` stay: those that it
+    had last. Said once, until it can be again.
+    """
+
+    NAME = "upstream_unresolved"
+    LEVEL = "error"
+    pool: str
+    upstream: str
+    reason: str
+    addresses: list[str]
 
 
 class FaultsChanged(Event, frozen=True, kw_only=True):
@@ -340,6 +372,9 @@ EVENTS: tuple[type[Event], ...] = (
     ListenerPaused,
     UpstreamUp,
     UpstreamDown,
+    UpstreamChanged,
+    UpstreamResolved,
+    UpstreamUnresolved,
     FaultsChanged,
     SessionOpened,
     SessionProgress,

@@ -1,11 +1,10 @@
-"""A small HTTP/1.1 server for a daemon's own interfaces, over TCP or a UNIX socket, in a thread of its own.
+"""A small server for a daemon's own interfaces, over TCP or a UNIX socket, in a thread of its own.
 
-It is handed bound sockets and a function that answers requests, one at a time. One thread serves them
-all; a client that is slow, or talks no HTTP, costs a place among a few until its time is up, or until
-a newer client needs the place. Heads and bodies are bounded, and a connection carries one request:
-that leaves nothing to smuggle. What it answers to is up to `respond`; it never touches an engine itself.
+`Server` is handed bound sockets. One thread serves them all; a client that is slow, or talks something
+else, costs a place among a few until its time is up, or until a newer client needs the place. Requests are
+bounded, and a connection carries one: that leaves nothing to smuggle. It never touches an engine itself.
 
-It is no server for a web: no TLS, no keep-alive, no bodies of unknown length.
+`WebServer` speaks HTTP/1.1, and has a function that answers requests; `control.py` speaks in lines. It is no server for a web: no TLS, no keep-alive, no bodies of unknown length.
 """
 
 import math
@@ -15,6 +14,7 @@ import socket
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -87,24 +87,16 @@ class _Client:
         self.deadline = now + PATIENCE
 
 
-class WebServer:
+class Server(ABC):
     """Args:
     name: of the thread.
     sockets: bound, listening, non-blocking; closed at the end of the thread.
-    respond: called in this server's thread. TimeoutError means that the engine gave no answer.
     emit: where a fault of this server is told.
 
     """
 
-    def __init__(
-        self,
-        name: str,
-        sockets: Sequence[socket.socket],
-        respond: Callable[[Request], Response],
-        emit: Callable[[Event], None],
-    ) -> None:
+    def __init__(self, name: str, sockets: Sequence[socket.socket], emit: Callable[[Event], None]) -> None:
         self._listeners = {sock.fileno(): sock for sock in sockets}
-        self._respond = respond
         self._emit = emit
         self._closing = Wakeup()
         # oldest first, by descriptor
@@ -116,9 +108,13 @@ class WebServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread, which closes the sockets. A `respond` that still waits is left behind."""
+        """Ends the thread, which closes the sockets. An `answer` that still waits is left behind."""
         self._closing.wake()
         self._thread.join(LINGER)
+
+    @abstractmethod
+    def answer(self, received: bytes) -> bytes | None:
+        """What to send for all that a client sent so far; None while that is a part of a request."""
 
     def _run(self) -> None:
         closing = self._closing.fileno()
@@ -189,15 +185,34 @@ class WebServer:
             self._drop(client)
         elif client.answer is None:
             client.request += data
-            answer = self._answer(client.request)
+            answer = self.answer(client.request)
             if answer is not None:
                 client.answer = memoryview(answer)
-                client.deadline = time.monotonic() + PATIENCE  # to respond may have taken a while
+                client.deadline = time.monotonic() + PATIENCE  # to answer may have taken a while
 
-    def _answer(self, received: bytes) -> bytes | None:
-        """The whole HTTP response to what was received, which may be anything; None while it is a part
-        of a request.
-        """
+    def _tell(self, error: Exception) -> None:
+        """A bug of ours costs one answer, not the thread."""
+        self._emit(EngineFault(session=None, error=repr(error), traceback=traceback.format_exc()))
+
+
+class WebServer(Server):
+    """Args:
+    respond: called in this server's thread. TimeoutError means that the engine gave no answer.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sockets: Sequence[socket.socket],
+        respond: Callable[[Request], Response],
+        emit: Callable[[Event], None],
+    ) -> None:
+        super().__init__(name, sockets, emit)
+        self._respond = respond
+
+    def answer(self, received: bytes) -> bytes | None:
+        """The whole HTTP response to what was received, which may be anything."""
         head, end, body = received.partition(b"\r\n\r\n")
         if len(head + end) > LONGEST_HEAD:
             return _encode(Response(431, f"a request's head may have {LONGEST_HEAD} bytes\n"))
@@ -226,8 +241,8 @@ class WebServer:
             response = self._respond(request)
         except TimeoutError:
             response = Response(503, "the engine gave no answer in time\n")
-        except Exception as error:  # noqa: BLE001  a bug of ours costs one answer, not the thread
-            self._emit(EngineFault(session=None, error=repr(error), traceback=traceback.format_exc()))
+        except Exception as error:  # noqa: BLE001  a bug of ours
+            self._tell(error)
             response = Response(500, "this is a fault of the daemon; its log has more\n")
         return _encode(response, method)
 

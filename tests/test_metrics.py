@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,14 @@ from scraping import PATIENCE, SCRAPE, answer, ask, connect, series, value
 
 from services import web
 from services.core.addresses import Address
-from services.core.admission import Limits
+from services.core.admission import Limits, Lists
 from services.core.record import CLIENT, Loss, Reason
-from services.core.service import Gauges, Policy, Service, Snapshot
+from services.core.service import Gauges, Policy, Service
 from services.core.session import Dialled, Lost, Timeouts
 from services.core.tally import BOUNDS_US
-from services.core.upstreams import Pool, Upstream
+from services.core.upstreams import Check, Choice, Ejection, Pool, Upstream
 from services.metrics import Metrics
+from services.status import Counted, of_admission, of_pool
 from services.vocabulary import EngineFault, Event
 from services.web import WebServer
 
@@ -41,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 # every family that is exposed, as PromQL names its series
 COUNTERS = {
     "process_cpu_seconds_total",
+    "triptych_admission_refused_total",
     "triptych_bytes_total",
     "triptych_config_reloads_total",
     "triptych_datagrams_dropped_total",
@@ -49,6 +52,10 @@ COUNTERS = {
     "triptych_sessions_accepted_total",
     "triptych_sessions_closed_total",
     "triptych_sessions_refused_total",
+    "triptych_upstream_checks_total",
+    "triptych_upstream_chosen_total",
+    "triptych_upstream_ejections_total",
+    "triptych_upstream_failures_total",
 }
 GAUGES = {
     "process_max_fds",
@@ -59,19 +66,29 @@ GAUGES = {
     "triptych_build_info",
     "triptych_draining",
     "triptych_loop_lag_seconds",
+    "triptych_pool_queued_sessions",
+    "triptych_sessions_limit",
     "triptych_sessions_open",
+    "triptych_upstream_sessions",
+    "triptych_upstream_sessions_limit",
+    "triptych_upstream_state",
+    "triptych_upstream_weight",
 }
 HISTOGRAMS = {"triptych_connect_seconds", "triptych_session_duration_seconds"}
 LABELS = {
+    "cause",
     "direction",
     "engine",
     "le",
     "listener",
+    "pool",
     "result",
     "service",
+    "state",
     "termination",
     "transport",
     "unit",
+    "upstream",
     "version",
 }
 
@@ -93,7 +110,12 @@ class Instruments:
 def worked_service() -> Service:
     """One that has seen a little of everything."""
     service = Service(
-        instruments=Instruments(), timeouts=Timeouts(), limits=Limits(), stats=60.0, epoch=0.0, now=0.0
+        instruments=Instruments(),
+        timeouts=Timeouts(),
+        limits=Limits(sessions=500),
+        stats=60.0,
+        epoch=0.0,
+        now=0.0,
     )
     local = Address.parse("127.0.0.1:7007")
     client = Address.parse("192.0.2.77:40001")
@@ -117,13 +139,30 @@ def worked_service() -> Service:
     for _ in range(2):
         service.refuse(echo, None, "enough", 0.0)
     service.count_dropped_datagram()
+    for _ in range(3):
+        service.admission.refuse("192.0.2.77", Lists(deny=(ip_network("192.0.2.0/24"),)), 0, 3.0)
     return service
+
+
+def counted(service: Service) -> Counted:
+    first = Upstream("u", (Address.parse("127.0.0.1:1"),), weight=2, limit=7)
+    second = Upstream("v", (Address.parse("127.0.0.1:2"),))
+    pool = Pool("p", [first, second], Choice(eject=Ejection(failures=1), health=Check(fall=1)))
+    pool.choose(None, [], 3.0)
+    pool.failed(second, "ECONNREFUSED", 3.0)
+    pool.checked("u", None)
+    pool.checked("u", "ETIMEDOUT")
+    return Counted(
+        service.snapshot(4.0),
+        [of_pool(pool, 4.0)],
+        of_admission(service.admission, service.open_sessions, 4.0),
+    )
 
 
 class Stage:
     """A server, and what it was asked for and said."""
 
-    def __init__(self, sock: socket.socket, where: Address, collect: Callable[[], Snapshot]) -> None:
+    def __init__(self, sock: socket.socket, where: Address, collect: Callable[[], Counted]) -> None:
         self.where = where
         self.collect = collect
         self.said: list[Event] = []
@@ -150,7 +189,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
         sock.bind(where.host)
         sock.listen(64)
     service = worked_service()
-    made = Stage(sock, where, lambda: service.snapshot(4.0))
+    made = Stage(sock, where, lambda: counted(service))
     yield made
     if sock.fileno() != -1:  # a test may have closed it
         made.server.close()
@@ -179,6 +218,25 @@ def test_a_scrape_tells_what_the_core_has_counted(stage: Stage) -> None:
     assert value(found, "process_cpu_seconds_total") == 1.23
     assert value(found, "process_max_fds") == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert value(found, "process_start_time_seconds") == 1_700_000_000
+
+
+def test_a_scrape_tells_how_pools_health_and_admission_are(stage: Stage) -> None:
+    found = series(ask(stage.where).body)
+    assert value(found, "triptych_pool_queued_sessions", pool="p") == 0
+    assert value(found, "triptych_upstream_state", upstream="u", state="down") == 1
+    assert value(found, "triptych_upstream_state", upstream="u", state="up") == 0
+    assert value(found, "triptych_upstream_state", upstream="v", state="ejected") == 1
+    assert value(found, "triptych_upstream_weight", upstream="u") == 2
+    assert value(found, "triptych_upstream_sessions", upstream="u") == 1
+    assert value(found, "triptych_upstream_sessions_limit") == 7
+    assert value(found, "triptych_upstream_chosen_total", upstream="u") == 1
+    assert value(found, "triptych_upstream_failures_total", upstream="v") == 1
+    assert value(found, "triptych_upstream_ejections_total", upstream="v") == 1
+    assert value(found, "triptych_upstream_checks_total", upstream="u", result="passed") == 1
+    assert value(found, "triptych_upstream_checks_total", upstream="u", result="failed") == 1
+    assert value(found, "triptych_admission_refused_total", cause="list") == 3
+    assert value(found, "triptych_admission_refused_total", cause="rate") == 0
+    assert value(found, "triptych_sessions_limit") == 500
 
 
 def test_names_and_labels_are_a_closed_set_without_clients(stage: Stage) -> None:
@@ -282,7 +340,7 @@ def any_wish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     sock.bind(where.host)
     sock.listen()
     service = worked_service()
-    made = Stage(sock, where, lambda: service.snapshot(4.0))
+    made = Stage(sock, where, lambda: counted(service))
     yield made
     made.server.close()
 
@@ -333,7 +391,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(stage: Stage, monkeypatch: 
     service = worked_service()
     for number in range(1200):
         service.tally(f"listener {number}", "proxy", "tcp")
-    stage.collect = lambda: service.snapshot(4.0)  # megabytes: more than the kernel holds
+    stage.collect = lambda: counted(service)  # megabytes: more than the kernel holds
     with connect(stage.where) as lazy, connect(stage.where) as slow:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         lazy.sendall(SCRAPE)
@@ -356,7 +414,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(stage: Stage, monkeypatch: 
 def test_an_engine_that_does_not_answer_is_unavailable(stage: Stage) -> None:
     answers = stage.collect
 
-    def hangs() -> Snapshot:
+    def hangs() -> Counted:
         raise TimeoutError
 
     stage.collect = hangs
@@ -371,7 +429,7 @@ def test_an_engine_that_does_not_answer_is_unavailable(stage: Stage) -> None:
 def test_a_fault_of_ours_costs_one_answer_and_is_logged(stage: Stage) -> None:
     answers = stage.collect
 
-    def broken() -> Snapshot:
+    def broken() -> Counted:
         raise KeyError("surprise")
 
     stage.collect = broken
@@ -509,6 +567,11 @@ def test_metrics_agree_with_the_log(
         )
     closed = running.wait_for("session_closed", 12)
     found = series(ask(metrics_at).body)
+    for pool, listener, failures in (("up", "proxy", 0), ("down", "broken", 1)):
+        dialled = sum(line["listener"] == listener for line in closed)
+        assert value(found, "triptych_upstream_chosen_total", pool=pool) == dialled
+        assert value(found, "triptych_upstream_failures_total", pool=pool) == failures
+        assert value(found, "triptych_upstream_sessions", pool=pool) == 0
 
     ways = Counter(
         (line["listener"], line["service"], line["transport"], line["termination"]) for line in closed

@@ -7,12 +7,14 @@ nothing. What is asked of each new client is only what was configured.
 from collections import Counter
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from msgspec import Meta, Struct
 
 Network = IPv4Network | IPv6Network
 Number = Annotated[int, Meta(ge=1)]
+# What a refusal is for, in one word.
+Cause = Literal["list", "sessions", "client", "rate"]
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -53,6 +55,25 @@ class Lists(Struct, frozen=True, kw_only=True):
         return None
 
 
+class Fullness(NamedTuple):
+    """How full it is at one moment.
+
+    Attributes:
+        limits: that are asked for.
+        clients: that are counted one by one, which is only where there is a limit for each.
+        most_of_one: sessions of the client that has the most.
+        tokens: new sessions that the rate allows at once.
+        refused: by what for, since the beginning.
+
+    """
+
+    limits: Limits
+    clients: int
+    most_of_one: int
+    tokens: float
+    refused: dict[Cause, int]
+
+
 class Admission:
     """Not thread-safe, as the service that asks it. Clients of UNIX sockets have no address: the lists
     and the limit for each client are not for them.
@@ -60,6 +81,7 @@ class Admission:
 
     def __init__(self, limits: Limits, now: float) -> None:
         self._clients: Counter[object] = Counter()
+        self._refused: dict[Cause, int] = dict.fromkeys(get_args(Cause), 0)
         self._use(limits, now)
 
     def _use(self, limits: Limits, now: float) -> None:
@@ -80,15 +102,17 @@ class Admission:
         """
         limits = self._limits
         if lists is not None and host is not None and (reason := lists.refuse(host)):
+            self._refused["list"] += 1
             return reason
         if limits.sessions is not None and sessions >= limits.sessions:
+            self._refused["sessions"] += 1
             return f"{limits.sessions} sessions are open"
         if host is not None and (reason := self.crowded(host)):
             return reason
         if limits.accept_rate is not None:
-            since, self._filled_at = now - self._filled_at, now
-            self._tokens = min(self._burst, self._tokens + since * limits.accept_rate)
+            self._fill(now)
             if self._tokens < 1:
+                self._refused["rate"] += 1
                 return f"more than {limits.accept_rate} new sessions a second"
             self._tokens -= 1
         return None
@@ -99,7 +123,10 @@ class Admission:
         if most is None:
             return None
         key = self._key(host)
-        return f"{most} sessions of {key} are open" if self._clients[key] >= most else None
+        if self._clients[key] < most:
+            return None
+        self._refused["client"] += 1
+        return f"{most} sessions of {key} are open"
 
     def enter(self, host: str | None) -> object:
         """A client is in: what to give back to `leave`."""
@@ -114,6 +141,15 @@ class Admission:
             self._clients[key] -= 1
             if not self._clients[key]:
                 del self._clients[key]
+
+    def fullness(self, now: float) -> Fullness:
+        self._fill(now)
+        most_of_one = max(self._clients.values(), default=0)
+        return Fullness(self._limits, len(self._clients), most_of_one, self._tokens, dict(self._refused))
+
+    def _fill(self, now: float) -> None:
+        since, self._filled_at = now - self._filled_at, now
+        self._tokens = min(self._burst, self._tokens + since * (self._limits.accept_rate or 0))
 
     def _key(self, host: str) -> object:
         """The client as it is counted: its address, or its network."""

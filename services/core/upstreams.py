@@ -5,7 +5,7 @@ ejected, or it has as many sessions as it may. Ejection is passive health: dials
 take an upstream out of the choice for a while, twice as long each time. It is a hint and no verdict:
 where nothing else is left, an ejected upstream is dialled all the same. Backups are for when no other
 upstream may be chosen. Where all that may be chosen are full, sessions wait in turn, so many and so
-long as the pool allows.
+long as the pool allows. An upstream whose name was never resolved has no address, and is not chosen.
 
 The choices (`Balance`): `round_robin` deals turns by weight, spread evenly; `least_sessions` takes the
 one with the fewest for its weight; `random` takes the better of two drawn at random, which needs no
@@ -19,7 +19,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 from msgspec import Meta, Struct
@@ -85,8 +85,10 @@ class Upstream:
     Attributes:
         limit: sessions that it may have; None is any number.
         proxy_protocol: in which version it is told of its clients.
+        configured_weight: the file's, where the operator has set another one since.
         draining: by the operator: no new sessions.
         up: what health checks found.
+        chosen, failed_dials, times_ejected, passed_checks, failed_checks: so often in its life.
 
     """
 
@@ -104,6 +106,15 @@ class Upstream:
     ejections: int = 0  # since it last answered
     ejected_until: float = 0.0
     turn: float = 0.0  # how much it is behind in round robin
+    chosen: int = 0
+    failed_dials: int = 0
+    times_ejected: int = 0
+    passed_checks: int = 0
+    failed_checks: int = 0
+    configured_weight: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.configured_weight = self.weight
 
     @property
     def has_room(self) -> bool:
@@ -142,6 +153,7 @@ class Pool:
             return None
         chosen = self._pick(among, client) if len(among) > 1 else among[0]
         chosen.sessions += 1
+        chosen.chosen += 1
         return chosen
 
     def is_full(self, tried: Sequence[Upstream], now: float) -> bool:
@@ -153,7 +165,11 @@ class Pool:
         return sum(1 for each in self.upstreams if each not in tried)
 
     def _eligible(self, tried: Sequence[Upstream], now: float) -> list[Upstream]:
-        may = [each for each in self.upstreams if each.up and not each.draining and each not in tried]
+        may = [
+            each
+            for each in self.upstreams
+            if each.up and not each.draining and each.addresses and each not in tried
+        ]
         answering = [each for each in may if each.ejected_until <= now]
         for group in (answering, may):
             for backup in (False, True):
@@ -212,11 +228,13 @@ class Pool:
     def failed(self, upstream: Upstream, error: str, now: float) -> None:
         """A dial was not."""
         upstream.failures += 1
+        upstream.failed_dials += 1
         eject = self.choice.eject
         if upstream.failures >= eject.failures and upstream.ejected_until <= now:
             seconds = eject.time * 2 ** min(upstream.ejections, MOST_DOUBLINGS)
             upstream.ejected_until = now + seconds
             upstream.ejections += 1
+            upstream.times_ejected += 1
             reason = f"{upstream.failures} dials in a row failed, the last with {error}"
             self._tell_down(upstream, f"{reason}; passed over for {seconds:g} s")
 
@@ -226,6 +244,10 @@ class Pool:
         upstream = next((each for each in self.upstreams if each.name == name), None)
         if check is None or upstream is None:  # configured otherwise meanwhile
             return
+        if error is None:
+            upstream.passed_checks += 1
+        else:
+            upstream.failed_checks += 1
         if (error is None) is upstream.up:
             upstream.checks = 0
             return
@@ -244,19 +266,57 @@ class Pool:
     def _tell_down(self, upstream: Upstream, reason: str) -> None:
         self.emit(vocabulary.UpstreamDown(pool=self.name, upstream=upstream.name, reason=reason))
 
+    # The operator, and names --------------------------------------------------------------------
+
+    def change(self, name: str, *, draining: bool | None = None, weight: int | None = None) -> bool:
+        """The operator drains, enables or weights the upstreams of this name, for new sessions. Whether
+        there is one.
+        """
+        found = [each for each in self.upstreams if each.name == name]
+        for each in found:
+            before = each.draining, each.weight
+            each.draining = each.draining if draining is None else draining
+            each.weight = each.weight if weight is None else weight
+            if before != (each.draining, each.weight):
+                self.emit(
+                    vocabulary.UpstreamChanged(
+                        pool=self.name, upstream=name, draining=each.draining, weight=each.weight
+                    )
+                )
+        return bool(found)
+
+    def moved(self, name: str, addresses: Sequence[Address]) -> None:
+        """The name of an upstream stands for these addresses from now on: open sessions stay where they
+        are, and what is known of dials to the old ones says nothing of the new ones.
+        """
+        for each in self.upstreams:
+            if each.name == name:
+                each.addresses = tuple(addresses)
+                each.failures, each.ejections, each.ejected_until = 0, 0, 0.0
+                self.emit(
+                    vocabulary.UpstreamResolved(
+                        pool=self.name, upstream=name, addresses=[str(address) for address in addresses]
+                    )
+                )
+
     # Reload -------------------------------------------------------------------------------------
 
     def succeed(self, former: "Pool") -> None:
         """Take over what `former` knows of the upstreams of the same name, and its queue. Those objects
         go on as ours, so that sessions that hold them are still counted.
+
+        What the operator said holds on: one that drains stays so, and its weight is the operator's until
+        the file has another one than before. A name that could not be resolved keeps its addresses.
         """
         known = {each.name: each for each in former.upstreams}
         kept = []
         for each in self.upstreams:
             old = known.get(each.name)
             if old is not None:
-                old.addresses, old.weight, old.backup = each.addresses, each.weight, each.backup
+                old.addresses, old.backup = each.addresses or old.addresses, each.backup
                 old.limit, old.proxy_protocol = each.limit, each.proxy_protocol
+                if each.weight != old.configured_weight:
+                    old.weight = old.configured_weight = each.weight
             kept.append(old or each)
         self.upstreams = tuple(kept)
         self.queue = former.queue

@@ -162,3 +162,19 @@ def test_where_descriptors_run_short_the_listener_is_told_before_the_kernel_says
     play.tell(Cut("K"))
     play.line()
     assert stage.service.has_room(play.policy)
+
+
+def test_how_full_it_is_and_whom_it_refused_can_be_asked() -> None:
+    limits = Limits(sessions=5, sessions_per_client=2, accept_rate=2, accept_burst=3)
+    admission = Admission(limits, 0.0)
+    for host in ("192.0.2.1", "192.0.2.1", "192.0.2.2"):
+        assert refused(admission, host) is None
+        admission.enter(host)
+    assert refused(admission, "192.0.2.1") is not None
+    assert refused(admission, "192.0.2.3") is not None
+    assert refused(admission, "192.0.2.3", sessions=5) is not None
+    assert refused(admission, "192.0.2.200", lists=LISTS) is not None
+    fullness = admission.fullness(0.25)
+    assert fullness.limits == limits
+    assert (fullness.clients, fullness.most_of_one, fullness.tokens) == (2, 2, 0.5)
+    assert fullness.refused == {"list": 1, "sessions": 1, "client": 1, "rate": 1}

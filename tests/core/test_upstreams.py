@@ -11,7 +11,14 @@ from services.core.record import CLIENT, Loss, Reason
 from services.core.service import Policy
 from services.core.session import Abort, BeginRelay, Close, Cut, Dial, DialFailed, Dialled, Probe, Probed
 from services.core.upstreams import Balance, Check, Choice, Ejection, Pool, Queue, Upstream
-from services.vocabulary import Event, SessionClosed, UpstreamDown, UpstreamUp
+from services.vocabulary import (
+    Event,
+    SessionClosed,
+    UpstreamChanged,
+    UpstreamDown,
+    UpstreamResolved,
+    UpstreamUp,
+)
 
 CLIENTS = [f"192.0.2.{number}" for number in range(1, 255)]
 REFUSED = Loss(Reason.REFUSED, "ECONNREFUSED")
@@ -298,3 +305,83 @@ def test_whatever_happens_to_sessions_every_upstream_is_left_with_none(balance: 
     assert [each.sessions for each in stage.pool.upstreams] == [0, 0, 0]
     assert not stage.pool.queue
     assert len(stage.logged(SessionClosed)) == 14
+
+
+# The operator, and names ------------------------------------------------------------------------
+
+
+def test_an_upstream_that_drains_is_not_chosen_until_it_is_enabled() -> None:
+    told: list[Event] = []
+    chooser = pool(*weighted(1, 1), told=told)
+    name = chooser.upstreams[0].name
+    assert chooser.change(name, draining=True)
+    assert chooser.change(name, draining=True)
+    assert names(chooser, 2) == list("22")
+    assert chooser.change(name, draining=False)
+    assert Counter(names(chooser, 4)) == {"1": 2, "2": 2}
+    assert told == [
+        UpstreamChanged(pool="pool", upstream=name, draining=draining, weight=1) for draining in (True, False)
+    ]
+
+
+def test_an_upstream_that_is_not_there_is_not_changed() -> None:
+    assert not pool(*weighted(1)).change("nobody", draining=True)
+
+
+def test_a_weight_of_the_operator_holds_until_the_file_has_another() -> None:
+    former = pool(*weighted(1, 1))
+    name = former.upstreams[0].name
+    former.change(name, weight=5)
+    same, other = pool(*weighted(1, 1)), pool(*weighted(2, 1))
+    same.succeed(former)
+    assert same.upstreams[0].weight == 5
+    other.succeed(same)
+    assert other.upstreams[0].weight == 2
+
+
+def test_what_drains_still_does_after_a_reload() -> None:
+    former, new = pool(*weighted(1)), pool(*weighted(1))
+    former.change(former.upstreams[0].name, draining=True)
+    new.succeed(former)
+    assert new.upstreams[0].draining
+
+
+def test_an_upstream_without_an_address_is_not_chosen_until_it_has_one() -> None:
+    told: list[Event] = []
+    nameless = upstream(1)
+    addresses, nameless.addresses = nameless.addresses, ()
+    chooser = pool(nameless, upstream(2), told=told)
+    assert names(chooser, 2) == list("22")
+    chooser.moved(nameless.name, addresses)
+    assert Counter(names(chooser, 4)) == {"1": 2, "2": 2}
+    assert told == [
+        UpstreamResolved(pool="pool", upstream=nameless.name, addresses=[str(each) for each in addresses])
+    ]
+
+
+def test_other_addresses_are_not_blamed_for_the_failures_of_those_before() -> None:
+    chooser = pool(*weighted(1, 1), eject=Ejection(failures=1))
+    first = chooser.upstreams[0]
+    chooser.failed(first, "ETIMEDOUT", 0.0)
+    assert names(chooser, 2) == list("22")
+    chooser.moved(first.name, upstream(3).addresses)
+    assert "1" in names(chooser, 2)
+
+
+def test_a_reload_that_cannot_resolve_a_name_keeps_its_addresses() -> None:
+    former, new = pool(upstream(1)), pool(upstream(1))
+    new.upstreams[0].addresses = ()
+    new.succeed(former)
+    assert new.upstreams[0].addresses == upstream(1).addresses
+
+
+def test_an_upstream_s_life_is_counted() -> None:
+    chooser = pool(upstream(1), eject=Ejection(failures=2), health=Check(fall=1, rise=1))
+    (only,) = chooser.upstreams
+    names(chooser, 3)
+    for _ in range(2):
+        chooser.failed(only, "ECONNREFUSED", 0.0)
+    for error in (None, "ETIMEDOUT", "ETIMEDOUT"):
+        chooser.checked(only.name, error)
+    assert (only.chosen, only.failed_dials, only.times_ejected) == (3, 2, 1)
+    assert (only.passed_checks, only.failed_checks) == (1, 2)
