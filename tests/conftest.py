@@ -1,31 +1,35 @@
 """The fixtures of every suite that runs daemons: the three engines, and real processes."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from typing import Any
 
 import pytest
 from daemons import Daemon, configuration
+from xdist.scheduler import LoadScopeScheduling
 
 from services.core.addresses import Address
 
 StartDaemon = Callable[..., Daemon]
-TESTS = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist ships no types
     """What one process of pytest-xdist runs: a module's tests, those of each engine by themselves; and
     all that boots a machine, since each machine has the same ports of this host.
     """
-    for item in items:
-        path = item.path.relative_to(TESTS)
-        engine = (
-            item.callspec.params.get("engine", "")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else ""
-        )
-        group = path.parts[0] if path.parts[0] == "deploy" else f"{path} {engine}"
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, test = nodeid.partition("::")
+        if path.startswith("tests/deploy/"):
+            return "tests/deploy"
+        engine = re.search(r"[\[-](blocking|nonblocking|twisted)[-\]]", test)
+        return f"{path} {engine[1] if engine else ''}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture(
