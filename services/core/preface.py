@@ -123,8 +123,10 @@ def _second(held: bytes) -> Introduction | None:
     if shape is not None and length < shape.size:
         raise PrefaceError("it is shorter than its addresses")
     tlvs = body[shape.size :] if shape is not None else b""
-    if sum(_TLV.size + len(value) for _, value in each_tlv(tlvs)) != len(tlvs):
+    if not _whole(tlvs):
         raise PrefaceError("a TLV goes beyond its end")
+    if family == 0 and _whole(body):
+        tlvs = body  # a client without a name can have TLVs; what is none of them is to be ignored
     _check_sum(held[:end], len(tlvs), tlvs)
     if command == 0 or shape is None:  # LOCAL: a health check of the proxy's own
         return Introduction(None, None, tlvs, rest)
@@ -135,6 +137,10 @@ def _second(held: bytes) -> Introduction | None:
         kind = IPv4Address if len(fields[0]) == 4 else IPv6Address
         client, local = (Address("tcp", str(kind(fields[at])), fields[at + 2]) for at in (0, 1))
     return Introduction(client, local, tlvs, rest)
+
+
+def _whole(tlvs: bytes) -> bool:
+    return sum(_TLV.size + len(value) for _, value in each_tlv(tlvs)) == len(tlvs)
 
 
 def each_tlv(tlvs: bytes) -> list[tuple[int, bytes]]:

@@ -182,6 +182,9 @@ def test_whoever_has_no_name_is_told_as_one() -> None:
     assert header("v1", None, HERE) == b"PROXY UNKNOWN\r\n"
     told = read(header("v2", None, Address("unix", "/run/x")))
     assert told == Introduction(None, None, b"", b"")
+    paired = read(header("v2", None, Address("unix", "/run/x"), pair="2" * 26))
+    assert paired is not None
+    assert (paired.client, paired.pair) == (None, "2" * 26)
 
 
 # In a session ------------------------------------------------------------------------------------
