@@ -24,10 +24,13 @@ from comparisons.recordings.format import Recording
 from comparisons.recordings.loop import Loop, Stream, name_of
 from comparisons.recordings.script import CLIENT, DATA, END, RESET, SERVER, Script, alike
 from services.core.addresses import Address
+from services.core.preface import header
+from services.engines.sockets import client_address
 
 SILENCE = 5.0  # seconds
 SILENCE_AFTER_DIFFERENCE = 0.5  # seconds; a length that has changed is more likely than a server that sleeps
 LOOK = 0.001  # seconds between two looks at what the other side has not acknowledged yet
+NAMELESS = Address("unix", "")  # a header has no name for the ends of a UNIX socket
 CONTEXT = 16  # bytes from the first difference on that are shown
 
 Reply = Literal["as recorded", "different", "not opened", "not finished"]
@@ -52,8 +55,9 @@ class Times(msgspec.Struct, frozen=True):
 
 
 class Came(msgspec.Struct, frozen=True):
-    """What came of one conversation. `pair` is the same whenever it is played from this file; `client` is our end of
-    the connection, which the logs of what it went through have as client_ip and client_port. `offset` is the
+    """What came of one conversation. `pair` is the same whenever it is played from this file: when the recording
+    began (seconds since 1970), the conversation and the loop; an upstream that reads the PROXY protocol logs it.
+    `client` is our end of the connection, which the logs of what it went through have as client_ip and client_port. `offset` is the
     first byte of the answers that is another, missing or too many, `was` and `now` what is there, in hexadecimal.
     `differing` counts the bytes that are others, if there are as many as there were; else it is null.
     """
@@ -92,7 +96,8 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Clients:
-    """`speed` 0 is as fast as it goes. At most `concurrency` conversations run at a time (null: as many as the
+    """`speed` 0 is as fast as it goes. With `introduced` each conversation begins with a PROXY header (version 2)
+    that has its pair. At most `concurrency` conversations run at a time (null: as many as the
     schedule asks for, or, at full speed, as were open at a time when recorded).
     """
 
@@ -104,10 +109,13 @@ class Clients:
         speed: float = 1.0,
         loops: int = 1,
         concurrency: int | None = None,
+        introduced: bool = False,
     ) -> None:
         self.loop = Loop()
         self.addresses = addresses
         self.speed = speed
+        self.introduced = introduced
+        self.began = recording.header.began_us // 1_000_000
         self.concurrency = concurrency or (None if speed else max(most_open(recording), 1))
         self.scripts = [Script(each, recording.first_us) for each in recording.conversations]
         self.endings = [each.endings["server"] for each in recording.conversations]
@@ -190,6 +198,8 @@ class _Client:
 
     def __init__(self, clients: Clients, loop: int, index: int, due: float) -> None:
         self._clients, self._loop, self._index, self._due = clients, loop, index, due
+        # 26 characters, as every id in the log
+        self._pair = f"{clients.began:010}.{index:07}.{loop:07}"
         self._script = clients.scripts[index]
         self._stream: Stream | None = None
         self._name = ""
@@ -249,6 +259,10 @@ class _Client:
             return
         self._name = name_of(found.getsockname())
         self._stream = Stream(self._clients.loop, found, self)
+        if self._clients.introduced:
+            server = client_address(found.getpeername()) or NAMELESS
+            own = client_address(found.getsockname())
+            self._stream.send(header("v2", own, server, pair=self._pair))
         self._active = self._able = monotonic()
         self._advance()
 
@@ -374,7 +388,7 @@ class _Client:
         self._over = True
         wanted = len(self._script.streams[SERVER])
         came = Came(
-            pair=f"{self._index}.{self._loop}",
+            pair=self._pair,
             conversation=self._index,
             loop=self._loop,
             client=self._name,

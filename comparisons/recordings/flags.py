@@ -7,7 +7,7 @@ from io import FileIO
 import click
 
 from comparisons.recordings.format import Recording, load
-from services.config import BYTES, DURATION, LARGEST, LONGEST, SECONDS, SIZE
+from services.config import BYTES, LARGEST, SIZE
 from services.core.addresses import Address
 
 SHOWN_DAMAGE = 5  # parts of a file that are named one by one
@@ -30,14 +30,6 @@ def upstream(text: str) -> Address:
     if address.transport == "tcp" and not address.port:
         raise click.BadParameter(f"{text!r}: a server needs a port from 1 to 65535")
     return address
-
-
-def duration(text: str) -> float:
-    """Seconds, from text such as 10m."""
-    found = DURATION.fullmatch(text)
-    if not found or not 0 < (seconds := float(found[1]) * SECONDS[found[2]]) <= LONGEST:
-        raise click.BadParameter(f"{text!r} is no duration up to 596h, as in 10m")
-    return seconds
 
 
 def size(text: str) -> int:

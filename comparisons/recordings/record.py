@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from comparisons.flags import duration
 from comparisons.recordings import flags
 from comparisons.recordings.format import VERSION, Header
 from comparisons.recordings.keeper import Keeper
@@ -51,7 +52,7 @@ class Unwritable(click.ClickException):
 @click.option(
     "--most-bytes", type=flags.size, default="64MiB", show_default=True, help="Keep no more than this."
 )
-@click.option("--most-time", type=flags.duration, default="10m", show_default=True, help="Keep no longer.")
+@click.option("--most-time", type=duration, default="10m", show_default=True, help="Keep no longer.")
 @click.option("--sessions", type=click.IntRange(1), help="End after so many.")
 @click.option(
     "--redact",
@@ -80,10 +81,7 @@ def command(
         listeners = open_listeners([ListenerConfig(name="record", address=listen, service="proxy")], {})
         bound = [address for listener in listeners for address in listener.addresses]
         upstreams = resolve(upstream)
-        try:
-            refuse_loops([Route("--upstream", bound, upstreams)])
-        except EndpointError as error:
-            raise click.UsageError(error.message) from error
+        refuse_loops([Route("--upstream", bound, upstreams)])
         for address in bound:
             if offered := exposure("proxy", address):
                 click.echo(f"triptych: {address} is open to other hosts: {offered}", err=True)

@@ -76,6 +76,12 @@ def speed(text: str) -> float:
     help="Play at most so many conversations at a time; the others wait, and are late.",
 )
 @click.option(
+    "--proxy-protocol",
+    "introduced",
+    is_flag=True,
+    help="Begin with a PROXY header: what is played is then the `pair` in the upstream's log.",
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="All of it as JSON, also every conversation with its port."
 )
 def command(
@@ -86,6 +92,7 @@ def command(
     times: float,
     loops: int | None,
     concurrency: int | None,
+    introduced: bool,
     as_json: bool,
 ) -> int:
     """Play a recording again: FILE is what `triptych record` wrote, or redis or http, which come with it."""
@@ -93,15 +100,25 @@ def command(
         raise click.UsageError(
             "give --upstream ADDR to play the clients, or --serve ADDR to play the servers"
         )
-    if serve is not None and (loops or concurrency):
-        raise click.UsageError("--loops and --concurrency are for --upstream: --serve serves whoever comes")
+    if serve is not None and (loops or concurrency or introduced):
+        raise click.UsageError(
+            "--loops, --concurrency and --proxy-protocol are for --upstream: --serve serves whoever comes"
+        )
     recording = flags.opened(file)
     if not recording.conversations:
         raise flags.NoRecording(f"{file}: there is no conversation in it; record some")
     played = Played(VERSION, Path(file).name, times or None, loops or 1)
     try:
         if upstream is not None:
-            played = replace(played, report=_play(recording, upstream, times, loops or 1, concurrency))
+            clients = Clients(
+                recording,
+                resolve(upstream),
+                speed=times,
+                loops=loops or 1,
+                concurrency=concurrency,
+                introduced=introduced,
+            )
+            played = replace(played, report=_play(clients))
         elif serve is not None:
             played = replace(played, served=_serve(recording, serve, times))
     except EndpointError as error:
@@ -120,10 +137,7 @@ def command(
     return INTERRUPTED if report and not report.complete else 0
 
 
-def _play(
-    recording: Recording, upstream: Address, times: float, loops: int, concurrency: int | None
-) -> Report:
-    clients = Clients(recording, resolve(upstream), speed=times, loops=loops, concurrency=concurrency)
+def _play(clients: Clients) -> Report:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: clients.stop())
     return clients.run()
@@ -157,7 +171,7 @@ def _print_report(report: Report) -> None:
     )
     odd = [each for each in came if each.reply != "as recorded"]
     for each in odd[:SHOWN]:
-        click.echo(f"  {each.pair} from {each.client or 'nowhere'}: {_difference(each)}")
+        click.echo(f"  {each.conversation}.{each.loop} from {each.client or 'nowhere'}: {_difference(each)}")
     if len(odd) > SHOWN:
         click.echo(f"  and {len(odd) - SHOWN:,} more; --json has them all")
     ended = Counter((each.ended_recorded, each.ended) for each in came if each.ended_recorded != each.ended)

@@ -1,34 +1,25 @@
-"""The arms of a split: a daemon each, on a socket that it is handed, and what its log has said so far.
+"""The arms of a split: a daemon each (daemons.py), and what its log has said so far.
 
-A daemon gets its sockets as a service manager would hand them over (sd_listen_fds(3)), so it is the same
-`triptych serve` as anywhere. All that is known of its sessions is its log, read as it grows: from where the
-last look ended, one line after the other, and only the numbers are kept.
+The log is read as it grows: from where the last look ended, one line after the other, and only the numbers
+are kept.
 """
 
 import contextlib
-import fcntl
-import json
-import os
-import signal
-import socket
-import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from comparisons.effects import SESSION_METRICS, TIMERS, Sample
-from services.config import _fault_table
-from services.systemd import FIRST
+from comparisons.sidebyside import daemons
+from services.config import fault_table
 
 # a sample of CPU time each second: coarser than the 10 ms steps of that clock by enough
 STATS = "1s"
 # the longest there is (services/config.py): a split never cuts a session
 DRAIN = "596h"
-# a daemon behind a split is none of the service manager's that may have started us
-NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 
 
 class Arm(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,65 +50,6 @@ class Line(msgspec.Struct, frozen=True):
 
 
 DECODER = msgspec.json.Decoder(Line)
-
-
-class Daemon:
-    """A child of ours that runs `triptych serve`."""
-
-    def __init__(self, arm: Arm, config: Path, sockets: Sequence[socket.socket], stderr: Path) -> None:
-        self._arm = arm
-        self._stderr = stderr
-        self._status: int | None = None
-        root = str(Path(__file__).parents[2])
-        environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-        environment["LISTEN_FDS"] = str(len(sockets))
-        environment["LISTEN_FDNAMES"] = ":".join(["split"] * len(sockets))
-        arguments = [sys.executable, "-P", "-m", "services.cli", "serve"]
-        arguments += ["--config", str(config), "--instance", arm.name]
-        with contextlib.ExitStack() as stack:
-            # out of the way of the numbers that they get in the child
-            above = FIRST + len(sockets)
-            copies = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, above) for each in sockets]
-            for copy in copies:
-                stack.callback(os.close, copy)
-            # the protocol wants to know the child's own pid, which the child alone knows before it is another
-            # program; a session of its own, so that Ctrl-C reaches only us
-            self.pid = os.posix_spawnp(
-                "sh",
-                ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *arguments],
-                environment,
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                    (os.POSIX_SPAWN_OPEN, 2, str(stderr), os.O_WRONLY | os.O_CREAT, 0o600),
-                    *((os.POSIX_SPAWN_DUP2, copy, FIRST + at) for at, copy in enumerate(copies)),
-                ],
-                setsid=True,
-                setsigmask=(),
-            )
-
-    def send(self, number: signal.Signals) -> None:
-        if self.runs():
-            os.kill(self.pid, number)
-
-    def runs(self) -> bool:
-        if self._status is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            if ended:
-                self._status = os.waitstatus_to_exitcode(status)
-        return self._status is None
-
-    def how_it_ended(self) -> str:
-        status = self._status or 0
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        said = [line for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
-        return f"the daemon of {self._arm.name} ended with {how}: {said[-1] if said else 'nothing on stderr'}"
-
-    def kill(self) -> None:
-        if self.runs():
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
 
 
 class Account:
@@ -203,23 +135,12 @@ class Account:
 
 
 def configuration(arm: Arm, service: str, upstreams: Sequence[str], log: Path) -> str:
-    """What `triptych serve` is told, as TOML."""
-    lines = [
-        f"engine = {json.dumps(arm.engine)}",
-        f"log = {_table({'path': str(log), 'stats': STATS})}",
-        f"timeouts.drain = {json.dumps(DRAIN)}",
-        "[[listener]]",
-        'name = "split"',
-        'address = "systemd:split"',
-        f"service = {json.dumps(service)}",
-        f"faults = [{', '.join(_table(_fault_table(spec)) for spec in arm.faults)}]",
-    ]
-    if upstreams:
-        addresses = ", ".join(_table({"address": each}) for each in upstreams)
-        lines += ['pool = "upstream"', "[pool.upstream]", f"upstreams = [{addresses}]"]
-    return "\n".join(lines) + "\n"
-
-
-def _table(values: Mapping[str, object]) -> str:
-    # what JSON writes for text, numbers and booleans, TOML reads as the same
-    return "{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) + " }"
+    """What the daemon of this arm is told."""
+    return daemons.configuration(
+        arm.engine,
+        service,
+        upstreams,
+        log={"path": str(log), "stats": STATS},
+        listener={"faults": [fault_table(spec) for spec in arm.faults]},
+        timeouts={"drain": DRAIN},
+    )

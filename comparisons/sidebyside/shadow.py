@@ -18,25 +18,24 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
-from comparisons.runner import allow_descriptors
+from comparisons.daemon_log import bound_address
+from comparisons.descriptors import allow_descriptors
+from comparisons.flags import Failed, duration
 from comparisons.sidebyside import shadow_report
+from comparisons.sidebyside.daemons import Daemon, configuration
 from comparisons.sidebyside.shadow_settings import CONTROL, Settings, SettingsError, read
 from comparisons.sidebyside.tee import Session, Target, Tee
-from comparisons.subjects import Engine, Running, SubjectFailed
 from services import systemd
-from services.config import DURATION, ENGINES, SECONDS, ListenerConfig
+from services.config import ENGINES, ListenerConfig
 from services.core.addresses import Address
 from services.endpoints import (
     EndpointError,
@@ -52,33 +51,24 @@ from services.engines.sockets import Wakeup
 from services.logs import Log
 
 USAGE, UNAVAILABLE, CONFIGURATION = 64, 69, 78
+# sd-daemon(3)
+ERROR, NOTICE = 3, 5
 
 # of a session: the client's and one for each engine
 DESCRIPTORS = 5
 # for the log, the listeners, what Python has open
 SPARE = 100
+# where an engine listens for the tee: a reset needs TCP
+BEHIND = Address("tcp", "127.0.0.1", 0)
+LOG = "log.jsonl"
+# nobody but the tee connects there, and it introduces each client at once: only a machine that stands still is late
+HEADER = "60s"
+START_LIMIT = 30.0  # seconds until every daemon has said that it is ready
+LOOK = 0.01  # seconds between two looks whether it has
 STOP_LIMIT = 10.0  # seconds from SIGTERM to the end of a daemon that has no session any more
 TICK = 1.0  # seconds between two looks at what does not come as an event
 # seconds between two times that logs which nobody keeps are emptied
 EMPTY = 60.0
-
-
-class Failed(click.ClickException):
-    """One line, and the exit code that goes with it."""
-
-    def __init__(self, message: str, exit_code: int = UNAVAILABLE) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
-
-
-class Seconds(click.ParamType[float]):
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = DURATION.fullmatch(value)
-        if found is None:
-            self.fail(f"{value!r} is no duration such as 90s or 10m", param, ctx)
-        return float(found[1]) * SECONDS[found[2]]
 
 
 class Daemons:
@@ -86,35 +76,52 @@ class Daemons:
 
     def __init__(self, directory: Path, *, kept: bool) -> None:
         self._directory, self._kept = directory, kept
-        self._running: dict[str, Running] = {}
+        self._running: dict[str, Daemon] = {}
         self._descriptors: dict[str, int] = {}
         self._emptied = time.monotonic()
 
     def start(self, settings: Settings) -> list[Target]:
         """Where each of them is; the answering one first. Failed where one does not come up."""
         names = settings.names()
-        for name, (engine, upstream) in names.items():
-            directory = self._directory / name
+        wanted = [ListenerConfig(name=name, address=BEHIND, service="proxy") for name in names]
+        listeners = open_listeners(wanted, {})
+        for listener in listeners:
+            engine, upstream = names[listener.name]
+            directory = self._directory / listener.name
             directory.mkdir()
-            self._running[name] = Engine(engine).start("proxy", str(upstream), directory, None)
-        targets = []
-        for name, running in self._running.items():
-            try:
-                address = Address.parse(running.address())
-            except SubjectFailed as error:
-                raise Failed(f"{name}: {error}") from error
-            targets.append(Target(name, names[name][0], address))
-            assert running.pid is not None
-            self._descriptors[name] = os.pidfd_open(running.pid)
-        return targets
+            path = directory / "triptych.toml"
+            text = configuration(
+                engine,
+                "proxy",
+                [str(upstream)],
+                log={"path": str(directory / LOG)},
+                listener={"proxy_protocol": True},
+                timeouts={"header": HEADER},
+            )
+            path.write_text(text, encoding="utf-8")
+            daemon = Daemon(listener.name, path, listener.sockets, directory / "stderr")
+            self._running[listener.name] = daemon
+            self._descriptors[listener.name] = os.pidfd_open(daemon.pid)
+        # a daemon that dies takes its socket with it
+        close_listeners(listeners)
+        until = time.monotonic() + START_LIMIT
+        for name, daemon in self._running.items():
+            while bound_address(self._directory / name / LOG) is None:
+                if not daemon.runs():
+                    raise Failed(daemon.how_it_ended(), UNAVAILABLE)
+                if time.monotonic() > until:
+                    raise Failed(f"the daemons did not come up within {START_LIMIT:g} s", UNAVAILABLE)
+                time.sleep(LOOK)
+        return [Target(each.name, names[each.name][0], each.addresses[0]) for each in listeners]
 
     def watch(self, tee: Tee, died: Callable[[str, str], None]) -> None:
         """Has `died` called with the name of one that has ended, and how."""
         for name, descriptor in self._descriptors.items():
 
             def ended(name: str = name, descriptor: int = descriptor) -> None:
-                tee.unwatch(descriptor)
-                died(name, self._running[name].died() or "")
+                if not self._running[name].runs():
+                    tee.unwatch(descriptor)
+                    died(name, self._running[name].how_it_ended())
 
             tee.watch(descriptor, ended)
 
@@ -123,14 +130,13 @@ class Daemons:
         if not self._kept and time.monotonic() > self._emptied + EMPTY:
             self._emptied = time.monotonic()
             for name in self._running:
-                os.truncate(self._directory / name / "log.jsonl", 0)
+                os.truncate(self._directory / name / LOG, 0)
 
     def stop(self) -> None:
         """SIGTERM, and some time for the last lines of their logs."""
         poll = select.poll()
-        for name, descriptor in self._descriptors.items():
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        for name, daemon in self._running.items():
+            daemon.send(signal.SIGTERM)
             poll.register(self._descriptors[name], select.POLLIN)
         waiting = set(self._descriptors.values())
         until = time.monotonic() + STOP_LIMIT
@@ -138,8 +144,8 @@ class Daemons:
             for descriptor, _ in poll.poll(left * 1000):
                 poll.unregister(descriptor)
                 waiting.remove(descriptor)
-        for running in self._running.values():
-            running.kill()
+        for daemon in self._running.values():
+            daemon.kill()
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
@@ -220,17 +226,21 @@ class Shadow:
         self._wakeup.clear()
         while self._signals:
             number = self._signals.pop(0)
-            if number == signal.SIGHUP and self._log is not None and self._settings.log is not None:
-                try:
-                    self._log.reopen(self._settings.log, "info")
-                except OSError as error:
-                    click.echo(
-                        f"triptych: {self._settings.log}: {error.strerror}; still the old one", err=True
-                    )
+            if number == signal.SIGHUP:
+                self._reopen_log()
             elif self._tee.closing:
                 self._deadline = 0.0
             else:
                 self._stop()
+
+    def _reopen_log(self) -> None:
+        systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        if self._log is not None and self._settings.log is not None:
+            try:
+                self._log.reopen(self._settings.log, "info")
+            except OSError as error:
+                _say(f"{self._settings.log}: {error.strerror}; still the old one", ERROR)
+        systemd.notify("READY=1")
 
     def _stop(self) -> None:
         """Take nobody any more, and wait for who is here."""
@@ -242,19 +252,18 @@ class Shadow:
         self._end = float("inf")
         self._deadline = time.monotonic() + self._settings.drain
         if self._tee.serving:
-            click.echo(
-                f"triptych: waiting for {self._tee.serving:,} open sessions, at most "
-                f"{self._settings.drain:g} s; Ctrl-C cuts them",
-                err=True,
+            _say(
+                f"waiting for {self._tee.serving:,} open sessions, at most {self._settings.drain:g} s; "
+                "Ctrl-C cuts them"
             )
 
     def _died(self, name: str, how: str) -> None:
         if name == self._settings.answer:
-            self.failure = f"{name}, which answers: {how}"
+            self.failure = f"{how}; it was the one that answers"
             self._stop()
             self._deadline = 0.0
         else:
-            click.echo(f"triptych: {name}: {how}; from now on its sessions are told as refused", err=True)
+            _say(f"{how}; from now on its sessions are told as refused", ERROR)
 
     def _report(self) -> None:
         report = ["WATCHDOG=1", f"STATUS={self.status()}"]
@@ -272,10 +281,14 @@ class Shadow:
 @contextlib.contextmanager
 def _shown() -> Iterator[Callable[[Shadow], None]]:
     """The live table: on stderr, and only if that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield lambda _: None
         return
+    from rich.console import Console, Group  # noqa: PLC0415  a unit shows nothing, and needs no extra
+    from rich.live import Live  # noqa: PLC0415  as above
+    from rich.text import Text  # noqa: PLC0415  as above
+
+    console = Console(stderr=True)
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def show(shadow: Shadow) -> None:
@@ -296,26 +309,25 @@ def _directory(keep: str | None, stack: contextlib.ExitStack) -> Path:
     return directory
 
 
-def _listen(settings: Settings, stack: contextlib.ExitStack, loop: int) -> list[Listener]:
-    """The tee's own sockets. Failed; with `loop` where an upstream is one of them."""
+def _listen(settings: Settings, stack: contextlib.ExitStack) -> list[Listener]:
+    """The tee's own sockets. EndpointError, also where an upstream is one of them."""
     wanted = ListenerConfig(name="shadow", address=settings.listen, service="proxy")
-    try:
-        listeners = open_listeners([wanted], systemd.claim())
-        stack.callback(close_listeners, listeners)
-        own = [address for listener in listeners for address in listener.addresses]
-        upstreams = {upstream for _, upstream in settings.names().values()}
-        reached = [address for upstream in upstreams for address in resolve(upstream)]
-    except EndpointError as error:
-        raise Failed(error.message, error.exit_code) from error
-    try:
-        refuse_loops([Route("shadow", own, reached)])
-    except EndpointError as error:
-        raise Failed(error.message, loop) from error
+    listeners = open_listeners([wanted], systemd.claim())
+    stack.callback(close_listeners, listeners)
+    own = [address for listener in listeners for address in listener.addresses]
+    upstreams = {upstream for _, upstream in settings.names().values()}
+    refuse_loops([Route("shadow", own, [each for upstream in upstreams for each in resolve(upstream)])])
     for address in own:
         risk = exposure("proxy", address)
         if risk is not None:
-            click.echo(f"triptych: {address} can be reached from other hosts: {risk}", err=True)
+            _say(f"{address} can be reached from other hosts: {risk}")
     return listeners
+
+
+def _say(message: str, priority: int = NOTICE) -> None:
+    # sd-daemon(3): the journal takes what has no priority for what the unit says, which may be an error
+    prefix = f"<{priority}>" if systemd.is_journal(2) else ""
+    click.echo(f"{prefix}triptych: {message}", err=True)
 
 
 def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
@@ -331,17 +343,15 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
 def _announce(settings: Settings, addresses: list[str]) -> None:
     names = settings.names()
     others = [name for name in names if name not in {settings.answer, CONTROL}]
-    click.echo(
-        f"triptych: on {', '.join(addresses)} {settings.answer} answers; "
-        f"{', '.join(others)} and a second {settings.answer} shadow it",
-        err=True,
+    _say(
+        f"on {', '.join(addresses)} {settings.answer} answers; "
+        f"{', '.join(others)} and a second {settings.answer} shadow it"
     )
     shared = [name for name in names if name != settings.answer and names[name][1] == settings.upstream]
     if shared:
-        click.echo(
-            f"triptych: {settings.upstream} is told everything {len(shared) + 1} times, also for "
-            f"{', '.join(shared)}; give each a replica by --shadow-upstream",
-            err=True,
+        _say(
+            f"{settings.upstream} is told everything {len(shared) + 1} times, also for "
+            f"{', '.join(shared)}; give each a replica by --shadow-upstream"
         )
 
 
@@ -361,7 +371,12 @@ def _announce(settings: Settings, addresses: list[str]) -> None:
     multiple=True,
     help="Replaced in every line before lines are compared: dates, ids.",
 )
-@click.option("--buffer", metavar="SIZE", help="Kept for each shadow, each way.  [default: 1MiB]")
+@click.option(
+    "--buffer",
+    metavar="SIZE",
+    help="What a shadow may fall behind before it is detached, each way; a session may cost six times as "
+    "much.  [default: 16MiB]",
+)
 @click.option(
     "--patience", metavar="DURATION", help="How long a shadow may stand off from the answer.  [default: 10s]"
 )
@@ -370,7 +385,7 @@ def _announce(settings: Settings, addresses: list[str]) -> None:
 @click.option("--log", metavar="PATH", help="A line for each session; - is stdout.")
 @click.option("--keep", metavar="DIR", help="Keep the engines' own logs, in a new folder.")
 @click.option("--sessions", type=click.IntRange(1), help="End when so many are compared.")
-@click.option("--time", "limit", type=Seconds(), metavar="DURATION", help="End after 90s, 10m, 2h.")
+@click.option("--time", "limit", type=duration, metavar="DURATION", help="End after 90s, 10m, 2h.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results instead of the table.")
 def command(
     *,
@@ -393,28 +408,37 @@ def command(
         settings = read(config, {**given, **{name: value for name, value in lists.items() if value}})
     except SettingsError as error:
         for fault in error.faults:
-            click.echo(f"triptych: {fault}", err=True)
+            _say(fault, ERROR)
         return CONFIGURATION if error.of_file else USAGE
     if as_json and settings.log == "-":
         raise click.UsageError("--json: with --log - stdout has the lines already; log to a file")
     # until the run takes signals itself, an end in the middle of the start is cleaned up after
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
-        listeners = _listen(settings, stack, USAGE if config is None else CONFIGURATION)
         daemons = Daemons(_directory(settings.keep, stack), kept=settings.keep is not None)
         stack.callback(daemons.stop)
-        shadow = Shadow(settings, listeners, daemons, daemons.start(settings))
+        try:
+            listeners = _listen(settings, stack)
+            shadow = Shadow(settings, listeners, daemons, daemons.start(settings))
+        except EndpointError as error:
+            raise Failed(error.message, error.exit_code) from error
         _announce(settings, shadow.addresses)
         shadow.run(sessions, limit)
         results = shadow.results()
     if as_json:
         click.echo(msgspec.json.encode(results))
-    elif settings.log != "-":
-        console = Console(highlight=False)
-        click.echo(shadow_report.summary(results))
-        console.print(shadow_report.table(results))
-        for found in results.differences:
-            click.echo(shadow_report.described(found))
+    elif settings.log is None or not (settings.log == "-" or systemd.listens()):
+        # of a unit the log is all that is wanted
+        _print(results)
     if shadow.failure is not None:
-        raise Failed(shadow.failure)
+        raise Failed(shadow.failure, UNAVAILABLE)
     return 0
+
+
+def _print(results: shadow_report.Results) -> None:
+    from rich.console import Console  # noqa: PLC0415  as in _shown
+
+    click.echo(shadow_report.summary(results))
+    Console(highlight=False).print(shadow_report.table(results))
+    for found in results.differences:
+        click.echo(shadow_report.described(found))

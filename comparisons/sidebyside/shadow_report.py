@@ -17,19 +17,19 @@ Fields of each engine, null where there is nothing to say:
   `closing`: F the client's FIN was passed on to it, f its own FIN came, r its reset. The order is a matter of
   time as well, and so is never a difference by itself;
 - `first_byte_us` from accepting the client to the first byte of this answer, `max_gap_us` the longest time
-  between two reads of it: figures, never a difference;
-- `port`: our end of the connection to it. Its own log has the same session under this `client_port`.
+  between two reads of it: figures, never a difference.
+
+`session` is the session's id, and the `pair` of the four lines that the engines' own logs have of it. The tee
+tells each engine so in a PROXY header, with the client's address.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import msgspec
-from hdrh.histogram import HdrHistogram
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from comparisons.sidebyside.shadow_settings import CONTROL
 from comparisons.sidebyside.streams import END, Judgement, Verdict, judge
@@ -38,11 +38,13 @@ from comparisons.units import microseconds
 from services.config import ENGINES
 from services.vocabulary import Count, Event, Microseconds
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 NAMES = (*ENGINES, CONTROL)
 JUDGEMENTS: tuple[Judgement, ...] = get_args(Judgement)
 # differences that the summary shows in full
 SHOWN = 5
-HOUR_US = 3_600_000_000
 
 _OF_EACH: dict[str, Any] = {
     "verdict": Literal["answer", "same", "different", "noise", "detached", "refused", "cut"],
@@ -57,7 +59,6 @@ _OF_EACH: dict[str, Any] = {
     "closing": str,
     "first_byte_us": Microseconds | None,
     "max_gap_us": Microseconds,
-    "port": Count | None,
 }
 
 
@@ -104,7 +105,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True):
-    """Microseconds."""
+    """Microseconds, to two digits."""
 
     p50: int
     p99: int
@@ -144,15 +145,17 @@ class _Tally:
     def __init__(self) -> None:
         self.verdicts: Counter[Judgement] = Counter()
         self.bytes = 0
-        # 1 us to an hour, two digits
-        self.first_byte, self.max_gap = HdrHistogram(1, HOUR_US, 2), HdrHistogram(1, HOUR_US, 2)
+        # microseconds, to two digits: how many sessions. A shadow may run for months, and where only its log is
+        # wanted it runs without the extra that would bring a histogram.
+        self.first_byte: Counter[int] = Counter()
+        self.max_gap: Counter[int] = Counter()
 
     def add(self, answer: Answer) -> None:
         self.bytes += answer.received
         if answer.first_byte is not None:
-            self.first_byte.record_value(min(max(1, answer.first_byte // 1000), HOUR_US))
+            self.first_byte[_two_digits(answer.first_byte // 1000)] += 1
         if answer.max_gap:
-            self.max_gap.record_value(min(max(1, answer.max_gap // 1000), HOUR_US))
+            self.max_gap[_two_digits(answer.max_gap // 1000)] += 1
 
 
 class Account:
@@ -257,20 +260,31 @@ def _facts(answer: Answer, verdict: str, judged: Verdict | None) -> dict[str, An
         "closing": answer.closing,
         "first_byte_us": None if answer.first_byte is None else answer.first_byte // 1000,
         "max_gap_us": answer.max_gap // 1000,
-        "port": answer.port,
     }
     return {f"{answer.target.name}_{field}": value for field, value in facts.items()}
 
 
-def _times(histogram: HdrHistogram) -> Times | None:
-    if not histogram.get_total_count():
+def _two_digits(number: int) -> int:
+    unit: int = 10 ** max(len(str(number)) - 2, 0)
+    return number // unit * unit
+
+
+def _times(counts: Counter[int]) -> Times | None:
+    if not counts:
         return None
-    p50, p99 = (histogram.get_value_at_percentile(p) for p in (50, 99))
-    return Times(p50=p50, p99=p99, max=histogram.get_max_value())
+    values = sorted(counts)
+    # how many sessions took as long as that, or less
+    upto = list(accumulate(counts[value] for value in values))
+    p50, p99 = (values[bisect_left(upto, upto[-1] * part)] for part in (0.50, 0.99))
+    return Times(p50=p50, p99=p99, max=values[-1])
 
 
-def table(results: Results) -> Table:
+def table(results: Results) -> "Table":
     """The engines side by side, the answering one first, in 80 columns; --json has the rest."""
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415  a shadow without a terminal needs no extra
+    from rich.table import Table  # noqa: PLC0415  as above
+    from rich.text import Text  # noqa: PLC0415  as above
+
     made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     made.add_column("", no_wrap=True)
     for column in (*JUDGEMENTS, "first byte\np50", "\np99"):

@@ -17,7 +17,6 @@ How long one run takes is no matter of the set-up: `--time` and `--sessions` are
 """
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ import msgspec
 from msgspec import Struct
 
 from comparisons.sidebyside.streams import Normaliser
-from services.config import ENGINES, FAULTY, EngineName
-from services.config import _struct as read_struct
+from services.config import ENGINES, FAULTY, ConfigError, EngineName, document, read_struct
 from services.core.addresses import Address
 
 CONTROL = "control"
@@ -43,7 +41,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     shadow_upstream: dict[str, Address] = msgspec.field(name="shadow-upstream", default_factory=dict)
     answer: EngineName = "nonblocking"
     normalise: tuple[str, ...] = ()
-    buffer: int = 1024**2
+    buffer: int = 16 * 1024**2
     patience: float = 10.0
     drain: float = 30.0
     log: str | None = None
@@ -72,7 +70,10 @@ class SettingsError(Exception):
 
 def read(path: Path | None, flags: Mapping[str, Any]) -> Settings:
     """The settings in the file, if there is one, with the flags in place of its keys. SettingsError."""
-    written = _document(path) if path else {}
+    try:
+        written = document(path) if path else {}
+    except ConfigError as error:
+        raise SettingsError([f"{path}: {fault}" for fault in error.faults], of_file=True) from error
     found: list[str] = []
     settings: Settings = read_struct(Settings, {**written, **flags}, "", found)
     _check(settings, found)
@@ -87,18 +88,6 @@ def read(path: Path | None, flags: Mapping[str, Any]) -> Settings:
         else:
             faults.append("--" + re.sub(r"^([\w-]+)(\[\d+\]|\.\w+)*:", r"\1:", fault))
     raise SettingsError(faults, of_file=of_file)
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError as error:
-        fault = f"not UTF-8 text at byte {error.start}"
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        fault = f"not TOML: {error}"
-    raise SettingsError([f"{path}: {fault}"], of_file=True)
 
 
 def _check(settings: Settings, faults: list[str]) -> None:

@@ -36,11 +36,13 @@ from rich.live import Live
 
 from comparisons import effects
 from comparisons.effects import Finding
+from comparisons.flags import Failed, duration
 from comparisons.sidebyside import tables
-from comparisons.sidebyside.arms import Account, Arm, Daemon, configuration
+from comparisons.sidebyside.arms import Account, Arm, configuration
+from comparisons.sidebyside.daemons import Daemon
 from comparisons.sidebyside.dealing import Deal, Group
 from services import systemd
-from services.config import DURATION, ENGINES, SECONDS, ConfigError, from_flags
+from services.config import ENGINES, ConfigError, from_flags
 from services.core.addresses import Address
 from services.endpoints import EndpointError, Route, refuse_loops, resolve
 
@@ -48,20 +50,12 @@ VERSION = 1
 UNAVAILABLE = 69
 
 CONTROL = "control"
-START_LIMIT = 10.0  # seconds until every daemon has said that it is ready
+START_LIMIT = 30.0  # seconds until every daemon has said that it is ready
 LOOK, SHORT_LOOK = 0.25, 0.01  # seconds between two looks into the logs; while something is awaited
 REFRESH = 1.0  # seconds between two live tables
 RATE_SPAN = 5.0  # seconds over which sessions a second are told
 MOST_SHARES = 1000
 WIDTH = 120  # of the tables where there is no terminal to fill
-
-
-class Failed(click.ClickException):
-    """One line, and the exit code that goes with it."""
-
-    def __init__(self, message: str, exit_code: int = UNAVAILABLE) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,7 +135,7 @@ class Split:
             path = self._directory / f"{arm.name}.toml"
             log = self._directory / f"{arm.name}.jsonl"
             path.write_text(configuration(arm, service, upstreams, log), encoding="utf-8")
-            self._daemons[arm] = Daemon(arm, path, sockets, self._directory / f"{arm.name}.stderr")
+            self._daemons[arm] = Daemon(arm.name, path, sockets, self._directory / f"{arm.name}.stderr")
         until = time.monotonic() + START_LIMIT
         while not all(account.ready for account in self.accounts.values()):
             if self._signals.wait(SHORT_LOOK):
@@ -149,9 +143,9 @@ class Split:
             self._read_on()
             failure = self._failure()
             if failure is not None:
-                raise Failed(failure)
+                raise Failed(failure, UNAVAILABLE)
             if time.monotonic() > until:
-                raise Failed(f"the daemons did not come up within {START_LIMIT:g} s")
+                raise Failed(f"the daemons did not come up within {START_LIMIT:g} s", UNAVAILABLE)
 
     def run(self, sessions: int | None, limit: float | None) -> str | None:
         """Until a signal, so many ended sessions, so many seconds, or the end of a daemon that was not
@@ -211,7 +205,9 @@ class Split:
             try:
                 account.read_on()
             except ValueError as error:
-                raise Failed(f"the log of {arm.name} has a line that is none: {error}") from error
+                raise Failed(
+                    f"the log of {arm.name} has a line that is none: {error}", UNAVAILABLE
+                ) from error
 
     def _failure(self, *, stopped: bool = False) -> str | None:
         """How the first daemon that should not have ended so did."""
@@ -304,13 +300,6 @@ def _address(service: str, listen: str, upstreams: Sequence[str], faults: Sequen
     return listener.address
 
 
-def _seconds(text: str) -> float:
-    found = DURATION.fullmatch(text)
-    if found is None:
-        raise click.BadParameter(f"{text!r} is no duration such as 90s or 10m")
-    return float(found[1]) * SECONDS[found[2]]
-
-
 def _arms(control: str, weights: Sequence[str], faults: Sequence[str]) -> list[Arm]:
     shares = dict.fromkeys((*ENGINES, CONTROL), 1)
     for text in weights:
@@ -357,15 +346,6 @@ def _directory(keep: Path | None, stack: contextlib.ExitStack) -> Path:
     return keep.absolute()
 
 
-def _refuse_loops(listening: Sequence[Address], upstreams: Sequence[str]) -> None:
-    """EndpointError for an upstream that nobody knows."""
-    reached = [address for text in upstreams for address in resolve(Address.parse(text))]
-    try:
-        refuse_loops([Route("--upstream", listening, reached)])
-    except EndpointError as error:
-        raise click.UsageError(error.message) from error
-
-
 @click.command("split")
 @click.option("--listen", metavar="ADDR", required=True, help="HOST:PORT, where your clients connect.")
 @click.option("--upstream", "upstreams", metavar="ADDR", multiple=True, help="HOST:PORT or unix:/PATH.")
@@ -393,7 +373,7 @@ def _refuse_loops(listening: Sequence[Address], upstreams: Sequence[str]) -> Non
 )
 @click.option("--fault", "faults", metavar="ENGINE:SPEC", multiple=True, help="As --fault of `proxy`.")
 @click.option("--sessions", type=click.IntRange(1), help="End when so many have ended.")
-@click.option("--time", "limit", type=_seconds, metavar="DURATION", help="End after 90s, 10m, 2h.")
+@click.option("--time", "limit", type=duration, metavar="DURATION", help="End after 90s, 10m, 2h.")
 @click.option(
     "--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep the daemons' logs, in a new folder."
 )
@@ -424,7 +404,8 @@ def command(
         try:
             group = Group(address, [arm.weight for arm in arms], deal)
             stack.callback(group.close)
-            _refuse_loops(group.addresses, upstreams)
+            reached = [address for text in upstreams for address in resolve(Address.parse(text))]
+            refuse_loops([Route("--upstream", group.addresses, reached)])
         except EndpointError as error:
             raise Failed(error.message, error.exit_code) from error
         split = Split(arms, group, directory, stack.enter_context(Signals()))
@@ -451,5 +432,5 @@ def command(
     else:
         _print(results, split.accounts)
     if failure is not None:
-        raise Failed(failure)
+        raise Failed(failure, UNAVAILABLE)
     return 0

@@ -1,11 +1,12 @@
 """A split on a terminal: the table that lives while it runs, and what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -16,26 +17,45 @@ from comparisons.units import microseconds, size
 # the tail and what is typical say it all to a reader; --json has the percentiles between them
 SHOWN = ("typical", "p99", "share", "mean")
 STYLES = {"better": "green", "worse": "red", "no difference": "", "not enough data": "dim"}
+DIFFERENCE = "difference, 95 % interval"
+# more than any table needs
+WIDEST = 1000
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 
-def arms(accounts: Mapping[Arm, Account], rates: Mapping[Arm, float]) -> Table:
+class Fitting:
+    """The first of some tables that fits where it is printed, else the last: none loses its last columns."""
+
+    def __init__(self, *tables: Table) -> None:
+        self._tables = tables
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        free = options.update(max_width=WIDEST)
+        yield next(
+            (
+                each
+                for each in self._tables
+                if Measurement.get(console, free, each).maximum <= options.max_width
+            ),
+            self._tables[-1],
+        )
+
+
+def arms(accounts: Mapping[Arm, Account], rates: Mapping[Arm, float]) -> RenderableType:
     """What the logs say so far; `rates` are sessions a second."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("", min_width=11)
     columns = (
+        "",
         "sessions",
         "open",
         "a second",
-        "first byte p50",
-        "p99",
-        "duration p50",
-        "p99",
+        "first byte\np50",
+        "\np99",
+        "duration\np50",
+        "\np99",
         "resets",
         "bytes",
     )
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows: list[list[Text | str]] = []
     for arm, account in accounts.items():
         percentiles: list[str] = []
         for name in ("first_byte_us", "duration_us"):
@@ -45,16 +65,18 @@ def arms(accounts: Mapping[Arm, Account], rates: Mapping[Arm, float]) -> Table:
                 if values
                 else ("-", "-")
             )
-        table.add_row(
-            arm.name,
-            f"{account.sessions:,}",
-            f"{account.open:,}",
-            f"{rates[arm]:,.0f}",
-            *percentiles,
-            f"{sum(account.resets):,}",
-            size(account.bytes_c2s + account.bytes_s2c),
+        rows.append(
+            [
+                arm.name,
+                f"{account.sessions:,}",
+                f"{account.open:,}",
+                f"{rates[arm]:,.0f}",
+                *percentiles,
+                f"{sum(account.resets):,}",
+                size(account.bytes_c2s + account.bytes_s2c),
+            ]
         )
-    return table
+    return Fitting(*(_table(columns, rows, without) for without in ((), (5, 7, 9))))
 
 
 def findings(base: str, told: Sequence[Finding]) -> RenderableType:
@@ -68,18 +90,34 @@ def findings(base: str, told: Sequence[Finding]) -> RenderableType:
     return Group(*parts, *lines)
 
 
-def _against(base: str, other: str, shown: Sequence[Finding]) -> Table:
+def _against(base: str, other: str, shown: Sequence[Finding]) -> RenderableType:
     title = f"{other} against {base}" + (", another process of it: the noise" if other == "control" else "")
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("", min_width=19)
-    table.add_column(base, justify="right", min_width=11)
-    table.add_column(other, justify="right", min_width=11)
-    table.add_column("difference, 95 % interval", justify="right", min_width=30)
-    table.add_column("verdict", min_width=15)
+    columns = ("", base, other, DIFFERENCE, "verdict")
+    rows: list[list[Text | str]] = []
     for finding in shown:
         metric = BY_NAME[finding.metric]
         cells = ("-", "-", "-") if finding.effect is None else _cells(metric, finding.effect)
-        table.add_row(_label(finding), *cells, Text(finding.verdict, STYLES[finding.verdict]))
+        rows.append([_label(finding), *cells, Text(finding.verdict, STYLES[finding.verdict])])
+    # without the amounts the difference still says it
+    tables = [_table(columns, rows, without, last="left") for without in ((), (2,), (1, 2))]
+    return Group(Text(title, "bold"), Fitting(*tables))
+
+
+def _table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Text | str]],
+    without: Collection[int],
+    last: JustifyMethod = "right",
+) -> Table:
+    """Names at the left, amounts at the right; `without` are the numbers of columns to leave out."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    kept = [number for number in range(len(columns)) if number not in without]
+    for number in kept:
+        justify: JustifyMethod = "left" if not number else last if number == kept[-1] else "right"
+        # where even that is too wide, the interval goes into a second line and the verdict stays whole
+        table.add_column(columns[number], justify=justify, no_wrap=columns[number] != DIFFERENCE)
+    for row in rows:
+        table.add_row(*(row[number] for number in kept))
     return table
 
 

@@ -15,6 +15,8 @@ engine and nobody else:
   after as much of its own. A server that is told the next thing before it has answered the last one may object
   (PostgreSQL ends a connection on which anything follows the request for TLS before its answer). An answer that
   is shorter for good holds that up for 0.2 s once, not at every turn;
+- each engine is told by a PROXY header (version 2) who the client is, and the session's id as its `pair`: so
+  the engines' own logs name the client, and their lines of one session can be joined;
 - half-close goes to all, a client's reset to all as a reset, the answering engine's end to the client as
   what it was. When the client is served, the shadows have `patience` to end too.
 
@@ -36,9 +38,10 @@ from typing import NamedTuple
 
 from comparisons.sidebyside.streams import Comparison, Ended, Normaliser
 from services.core.addresses import Address
+from services.core.preface import header
 from services.core.record import session_id
 from services.core.session import Timeouts
-from services.endpoints import Listener
+from services.endpoints import Listener, bound_address
 from services.engines.sockets import (
     CLIENT_GONE,
     EXHAUSTED_PAUSE,
@@ -65,7 +68,9 @@ OVER = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
 class Target(NamedTuple):
-    """One engine: `name` is the engine's or "control"; the first of several is the answering one."""
+    """One engine, whose listener reads the PROXY protocol: `name` is the engine's or "control"; the first of
+    several is the answering one.
+    """
 
     name: str
     engine: str
@@ -188,7 +193,6 @@ class Answer(Leg):
         "last_byte",
         "max_gap",
         "missing",
-        "port",
         "received",
         "target",
         "untold",
@@ -202,8 +206,6 @@ class Answer(Leg):
         self.comparison = comparison
         # the order of closing, in Zeek's letters: F the client's FIN was passed on, f its FIN, r its reset
         self.closing = ""
-        # of our end: what the engine's own log calls client_port
-        self.port: int | None = None
         self.received = 0
         self.first_byte: int | None = None
         self.last_byte = 0
@@ -617,15 +619,16 @@ class Tee:
                 undo.callback(sock.close)
                 sock.setblocking(False)
                 answer = Answer(sock, target, Comparison(self._normalisers) if number else None)
-                if sock.connect_ex(sockaddr(target.address)) in {0, errno.EINPROGRESS}:
-                    answer.port = sock.getsockname()[1]
-                else:
+                if sock.connect_ex(sockaddr(target.address)) not in {0, errno.EINPROGRESS}:
                     answer.ended, answer.broken = "refused", True
                 answers.append(answer)
             undo.pop_all()
         session = Session(
             Leg(client), client_address(peer), answers, self._buffer, self._patience, self._forget
         )
+        introduction = header("v2", session.peer, bound_address(client), pair=session.id)
+        for answer in answers:
+            answer.put(introduction)
         for leg in (session.client, *answers):
             self._legs[leg.socket.fileno()] = leg, session
             self._epoll.register(leg.socket, EDGES)

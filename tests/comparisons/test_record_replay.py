@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import StartDaemon
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -362,7 +363,7 @@ def test_a_full_disk_costs_the_recording_and_no_session(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "complaint"),
     [
-        ({"--upstream": "127.0.0.1:{port}"}, 64, "where it listens itself"),
+        ({"--upstream": "127.0.0.1:{port}"}, 78, "where it listens itself"),
         ({"--output": "{folder}"}, 64, "exists; remove it or name another"),
         ({"--output": "{folder}/none/x"}, 71, "No such file or directory"),
         ({"--upstream": "nobody.invalid:1"}, 69, "unknown host"),
@@ -634,7 +635,12 @@ def test_a_replay_twice_as_fast_takes_half_the_time_and_loops_follow_each_other(
     quick, _ = played(two, two, loops=2, speed=2.0)
     assert usual.seconds >= 0.4
     assert 0.2 <= quick.seconds < usual.seconds
-    assert [each.pair for each in quick.conversations] == ["0.0", "1.0", "0.1", "1.1"]
+    assert [(each.conversation, each.loop) for each in quick.conversations] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+        (1, 1),
+    ]
 
 
 def test_a_recorded_server_knows_a_conversation_by_what_its_client_says_and_plays_equals_in_their_order() -> (
@@ -689,6 +695,24 @@ def test_a_replay_against_a_played_server_as_commands_tells_the_ports_of_its_cli
     assert "4 conversations" in table
     assert "4 as recorded" in table
     assert "at full speed there is no schedule" in table
+
+
+def test_an_engine_logs_which_conversation_of_the_recording_a_session_was(
+    daemon: StartDaemon, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "two.recording"
+    path.write_bytes(encode(HEADER, [whole(b"a", b"a"), whole(b"c", b"c")]))
+    listener = {"name": "echo", "address": "127.0.0.1:0", "service": "echo", "proxy_protocol": True}
+    running = daemon(engine, [listener])
+    where = str(running.addresses[0])
+    arguments = ["replay", str(path), "--upstream", where, "--loops", "2", "--proxy-protocol", "--json"]
+    assert main(arguments) == 0
+    told = json.loads(capsys.readouterr().out)["report"]["conversations"]
+    assert {each["reply"] for each in told} == {"as recorded"}
+    closed = running.wait_for("session_closed", 4)
+    logged = {line["pair"]: f"{line['client_ip']}:{line['client_port']}" for line in closed}
+    assert logged == {each["pair"]: each["client"] for each in told}
+    assert len(logged) == 4
 
 
 @pytest.mark.parametrize(

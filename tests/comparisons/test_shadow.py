@@ -105,9 +105,9 @@ class Shadow:
         return results
 
     def child(self, name: str) -> psutil.Process:
-        """The daemon that runs as `name`, by the folder of its log."""
+        """The daemon that runs as `name`, which is its instance."""
         for child in psutil.Process(self.process.pid).children():
-            if f"/{name}/" in child.cmdline()[-1]:
+            if child.cmdline()[-1] == name:
                 return child
         raise LookupError(name)
 
@@ -138,7 +138,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(listen(ANYWHERE)) for _ in NAMES]
         addresses = [Address("tcp", *each.getsockname()) for each in sockets]
-        flags = "--patience", "700ms", "--normalise", "token=[0-9]+"
+        flags = "--buffer", "1MiB", "--patience", "700ms", "--normalise", "token=[0-9]+"
         shadow = stack.enter_context(Shadow(tmp_path_factory.mktemp("stage"), addresses, *flags))
         yield Stage(shadow, sockets)
         results = shadow.end(signal.SIGTERM)
@@ -460,7 +460,7 @@ def client(shadow: Shadow, command: str) -> str:
     return done.stdout
 
 
-def test_redis_and_its_clients_do_not_notice_and_replicas_answer_the_same(
+def test_redis_and_its_clients_do_not_notice_and_all_logs_have_the_same_sessions_by_their_pair(
     tmp_path: Path, short: Path
 ) -> None:
     kept = tmp_path / "kept"
@@ -480,12 +480,20 @@ def test_redis_and_its_clients_do_not_notice_and_replicas_answer_the_same(
     for told in results["engines"][1:]:
         assert told["verdicts"] == {**dict.fromkeys(told["verdicts"], 0), "same": 14}
         assert told["bytes"] == results["engines"][0]["bytes"]
-    # what each engine's own log says of a session is found by the port
-    lines = shadow.lines("shadow_compared")
+    # each engine's own log has the same sessions by their pair, with the real client's address
+    compared = {
+        line["session"]: (line["client_ip"], line["client_port"], line["bytes_c2s"])
+        for line in shadow.lines("shadow_compared")
+    }
     for name in NAMES:
         logged = [json.loads(line) for line in (kept / name / "log.jsonl").read_text().splitlines()]
-        ports = {line["client_port"] for line in logged if line["event"] == "session_closed"}
-        assert ports == {line[f"{name}_port"] for line in lines}
+        closed = [line for line in logged if line["event"] == "session_closed"]
+        assert {line["instance"] for line in closed} == {name}
+        assert compared == {
+            line["pair"]: (line["client_ip"], line["client_port"], line["bytes_c2s"]) for line in closed
+        }
+        # which came by the tee
+        assert all(line["local_port"] == shadow.address.port != line["via_port"] for line in closed)
 
 
 def test_dates_of_two_web_servers_differ_unless_they_are_normalised(tmp_path: Path, short: Path) -> None:
@@ -604,7 +612,8 @@ def test_a_daemon_that_dies_is_told_and_the_death_of_the_answering_one_is_the_en
         shadow.process.wait(PATIENCE)
         assert shadow.process.returncode == 69
         last = shadow.said().splitlines()[-1]
-        assert last.startswith("triptych: nonblocking, which answers: the daemon died")
+        assert last.startswith("triptych: the daemon of nonblocking ended with signal SIGKILL")
+        assert last.endswith("it was the one that answers")
 
 
 def test_an_upstream_that_refuses_is_the_engines_affair_and_not_the_shadows(
@@ -633,7 +642,7 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_an_upstream_that_is_its_own_address_is_refused_in_one_line() -> None:
     done = run("--listen", "127.0.0.1:29399", "--upstream", "localhost:29399")
-    assert done.returncode == 64
+    assert done.returncode == 78
     assert done.stderr.count("\n") == 1
     assert "where it listens itself" in done.stderr
 

@@ -1,5 +1,6 @@
 """`triptych split`: how the kernel deals, and the command on real clients, servers and daemons."""
 
+import io
 import json
 import os
 import pty
@@ -19,10 +20,12 @@ from typing import Any, Literal, Self
 import numpy as np
 import pytest
 from daemons import PATIENCE
+from rich.console import Console
 from scipy import stats
 
-from comparisons.effects import SESSION_METRICS, Sample, compare
+from comparisons.effects import METRICS, SESSION_METRICS, Effect, Finding, Sample, compare
 from comparisons.scenarios.network import Namespace
+from comparisons.sidebyside import tables
 from comparisons.sidebyside.arms import Account
 from comparisons.sidebyside.dealing import Group
 from services.cli import main
@@ -352,7 +355,7 @@ def test_a_terminal_shows_the_sessions_while_they_run(tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=told,
             stderr=theirs,
-            env={**os.environ, "COLUMNS": "120", "TERM": "xterm"},
+            env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
         )
     os.close(theirs)
     reader.start()
@@ -360,7 +363,32 @@ def test_a_terminal_shows_the_sessions_while_they_run(tmp_path: Path) -> None:
     reader.join()
     os.close(ours)
     text = b"".join(shown).decode()
-    assert all(word in text for word in ("first byte", "nonblocking", "control", "a second"))
+    assert all(word in text for word in ("first byte", "nonblocking", "control", "a second", "resets"))
+
+
+def test_eighty_columns_show_every_difference_and_verdict_whole() -> None:
+    effect = Effect(base=12345, other=23456, difference=11111, low=-10234, high=12345, p=0.001)
+    found = [
+        Finding(
+            other="blocking",
+            metric=metric.name,
+            statistic=statistic,
+            verdict="not enough data",
+            effect=effect,
+            margin=100,
+            p_holm=0.01,
+        )
+        for metric in METRICS
+        if metric.unit != "share"
+        for statistic in ("typical", "p99")
+    ]
+    for width in (80, 120):
+        text = io.StringIO()
+        Console(file=text, width=width).print(tables.findings("nonblocking", found))
+        assert "…" not in text.getvalue()
+        # an interval may go on in the next line
+        assert len(re.findall(r"\+.* \(-.* to \+[^ ]+.* not enough data", text.getvalue())) == len(found)
+        assert ("23.5 ms" in text.getvalue()) == (width == 120)
 
 
 def test_a_daemon_that_dies_ends_the_split_with_one_line_and_what_is_known(tmp_path: Path) -> None:
@@ -394,7 +422,7 @@ def test_a_split_that_is_its_own_upstream_is_refused(
 ) -> None:
     port = free_port()
     code, said = refused(capsys, "--listen", f"{listen}:{port}", "--upstream", f"{upstream}:{port}")
-    assert code == 64
+    assert code == 78
     assert "where it listens itself" in said
     assert said.count("\n") == 1
 
@@ -418,7 +446,8 @@ GOOD = ("--listen", "127.0.0.1:0", "--upstream", "127.0.0.1:9")
             (*GOOD, "--weight", "twisted=0", "--fault", "twisted:latency:delay=2ms"),
             "--fault: twisted:latency:delay=2ms: twisted is left out",
         ),
-        ((*GOOD, "--time", "soon"), "'soon' is no duration such as 90s or 10m"),
+        ((*GOOD, "--time", "soon"), "'soon' is no duration up to 596h, as in 10m"),
+        ((*GOOD, "--time", "0s"), "'0s' is no duration"),
         ((*GOOD, "--keep", "/"), "--keep: / exists already; name a new folder"),
     ],
 )

@@ -76,7 +76,7 @@ def machine(booted: Machine) -> Iterator[Machine]:
         # not the folder itself: that it is there says that systemd runs (sd_booted(3))
         for folder in booted.path(DROP_INS).glob("triptych*"):
             shutil.rmtree(folder)
-        for name in ("echo", "proxy"):
+        for name in ("echo", "proxy", "shadow"):
             booted("cp", ROOT / f"deploy/config/{name}.toml", f"/etc/triptych/{name}.toml")
         booted("systemctl", "daemon-reload")
         booted("systemctl", "reset-failed", "triptych*")

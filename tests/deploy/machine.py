@@ -28,6 +28,7 @@ ECHO = {"blocking": 7001, "nonblocking": 7002, "twisted": 7003}
 PROXY = {"blocking": 8001, "nonblocking": 8002, "twisted": 8003}
 FRONT = 8000
 SPLIT = 8010
+SHADOW = 8020
 # drop-ins of a test: gone with the machine, and before that with the test
 DROP_INS = "/run/systemd/system"
 LOGS = "/var/log/private/triptych"

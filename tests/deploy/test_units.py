@@ -3,11 +3,12 @@ way that they can be.
 """
 
 import json
+import socket
 from collections.abc import Callable
 
 import pytest
 from callers import call, call_udp
-from machine import DROP_INS, ECHO, ENGINES, PROXY, SPLIT, Machine, logs, until
+from machine import DROP_INS, ECHO, ENGINES, PATIENCE, PROXY, SHADOW, SPLIT, Machine, logs, until
 
 pytest_plugins = ["installed"]
 
@@ -19,7 +20,7 @@ def units(machine: Machine) -> list[str]:
     """All units, the templates once for each engine."""
     folder = machine.path("/usr/local/lib/systemd/system")
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    assert len(names) == 16
+    assert len(names) == 18
     return [name.replace("@.", f"@{each}.") for name in names for each in (ENGINES if "@." in name else [""])]
 
 
@@ -39,6 +40,11 @@ def test_the_sandbox_leaves_little_exposed(
     assert len(items) > 50
     said = machine("systemd-analyze", "security", "--offline=true", "--no-pager", unit)
     tell(said.splitlines()[-1].strip("→ ").rpartition(" ")[0])
+
+
+def test_the_sandbox_of_the_shadow_leaves_as_little_exposed(machine: Machine) -> None:
+    command = ("systemd-analyze", "security", "--offline=true", "--threshold=11")
+    machine(*command, "triptych-shadow.service")
 
 
 def test_the_target_starts_the_three_side_by_side_and_stops_them(machine: Machine) -> None:
@@ -99,6 +105,63 @@ def test_the_split_deals_one_port_to_three_engines_and_a_control(machine: Machin
     assert sum(shares.values()) == dealt
     # a hundred each, give or take six standard deviations
     assert all(48 <= share <= 152 for share in shares.values()), shares
+
+
+def test_the_shadow_is_started_by_its_first_client_compares_and_drains(machine: Machine) -> None:
+    unit = "triptych-shadow.service"
+    machine("systemctl", "start", "triptych-echo@nonblocking.service", "triptych-shadow.socket")
+    assert machine.show(unit, "ActiveState") == "inactive"
+    # as it was installed: without the extra, so without what its table needs
+    assert not list(machine.path("/opt/triptych/lib").glob("python*/site-packages/rich"))
+    assert call(SHADOW, b"x" * 100_000) == b"x" * 100_000
+    assert machine.show(unit, "StatusText").startswith("on 127.0.0.1:8020; ")
+    invocation = machine.show(unit, "InvocationID")
+    machine("systemctl", "reload", unit)
+    with socket.create_connection(("127.0.0.1", SHADOW), PATIENCE) as client:
+        client.sendall(b"hello")
+        assert client.recv(5) == b"hello"
+        machine("systemctl", "stop", "--no-block", "triptych-shadow.socket", unit)
+        until(lambda: machine.show(unit, "StatusText").startswith("draining; "), "draining")
+        client.sendall(b"world")
+        assert client.recv(5) == b"world"
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+    until(lambda: machine.show(unit, "ActiveState") == "inactive", "stopped")
+    assert machine.show(unit, "Result") == "success"
+    *lines, last = logs(machine)["shadow"]
+    assert (last["event"], last["sessions"], last["sessions_cut"]) == ("shadow_stopped", 2, 0)
+    assert [line["bytes_c2s"] for line in lines] == [100_000, 10]
+    for line in lines:
+        assert [line[f"{name}_verdict"] for name in ("control", "blocking", "twisted")] == ["same"] * 3
+    machine("journalctl", "--sync")
+    told = machine.journal(f"_SYSTEMD_INVOCATION_ID={invocation}", "SYSLOG_IDENTIFIER=triptych-shadow")
+    # what is no error is not told as one, and sessions are in the log alone
+    assert {line["PRIORITY"] for line in told} == {"5"}
+    assert 2 <= len(told) <= 3
+
+
+def test_the_shadow_logs_to_the_journal_where_that_keeps_everything(machine: Machine) -> None:
+    machine("cp", "-r", "/opt/triptych/journal/.", DROP_INS)
+    machine("systemctl", "daemon-reload")
+    machine("systemctl", "start", "triptych-echo@nonblocking.service", "triptych-shadow.service")
+    pid = machine.show("triptych-shadow.service", "MainPID")
+    assert call(SHADOW) == b"hello"
+    machine("systemctl", "stop", "triptych-shadow.socket", "triptych-shadow.service")
+    machine("journalctl", "--namespace=triptych", "--sync")
+    entries = machine.journal("--namespace=triptych", f"_PID={pid}", "PRIORITY=6")
+    lines = [json.loads(entry["MESSAGE"]) for entry in entries]
+    assert [line["event"] for line in lines] == ["shadow_compared", "shadow_stopped"]
+
+
+def test_a_faulty_file_of_the_shadow_is_tried_once_and_its_faults_are_errors(machine: Machine) -> None:
+    unit = "triptych-shadow.service"
+    machine.write("/etc/triptych/shadow.toml", 'lissten = "systemd:shadow"\nupstream = "127.0.0.1:7002"\n')
+    machine("systemctl", "start", unit, code=1)
+    until(lambda: machine.show(unit, "ActiveState") == "failed", "giving up")
+    assert machine.show(unit, "NRestarts") == "0"
+    machine("journalctl", "--sync")
+    faults = machine.journal("--priority=err", f"_SYSTEMD_INVOCATION_ID={machine.show(unit, 'InvocationID')}")
+    assert any("lissten: unknown key" in line["MESSAGE"] for line in faults), faults
 
 
 def test_a_stopped_service_is_not_started_by_a_scrape_of_its_metrics(machine: Machine, engine: str) -> None:
