@@ -13,7 +13,7 @@ Names are not resolved and no socket is opened here: that is `endpoints.py`.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -34,6 +34,7 @@ EngineName = Literal["blocking", "nonblocking", "twisted"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 DURATION = re.compile(r"([0-9]+\.?[0-9]*)(ms|s|m|h)")
+MODE = re.compile(r"0?[0-7]{3}")
 SIZE = re.compile(r"([0-9]+)(B|KiB|MiB|GiB)")
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 BYTES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
@@ -69,6 +70,8 @@ class ListenerConfig(Struct, frozen=True, kw_only=True):
     allow: tuple[Network, ...] = ()
     deny: tuple[Network, ...] = ()
     proxy_protocol: bool = False
+    mode: str | None = None
+    owner: str | None = None
     faults: tuple[AnyFault, ...] = ()
 
     @property
@@ -300,6 +303,12 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
         if listener.service == "echo" and listener.pool is not None:
             faults.append(f"{path}.pool: an echo has no upstreams, so no pool")
         _check_faults(listener, path, faults)
+        unix = address is FAULTY or address.transport == "unix"
+        for key, text in (("mode", listener.mode), ("owner", listener.owner)):
+            if text is not None and not unix:
+                faults.append(f"{path}.{key}: only a unix: socket has one")
+        if isinstance(listener.mode, str) and not MODE.fullmatch(listener.mode):
+            faults.append(f'{path}.mode: expected an octal mode such as "0660", not {_quote(listener.mode)}')
         if listener.proxy_protocol is True and udp:
             faults.append(f"{path}.proxy_protocol: datagrams have no connection to introduce")
         # what a descriptor of the service manager is shows only when it is claimed
@@ -312,6 +321,8 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
         if FAULTY in (pool, getattr(pool, "upstreams", FAULTY)):
             continue
         path = f"{_join('pool', name)}.upstreams"
+        if isinstance(pool.source, str) and not _is_ip(pool.source):
+            faults.append(f"{_join('pool', name)}.source: expected an IP address, not {_quote(pool.source)}")
         kinds = _kinds(pool)
         if len(kinds) > 1:
             faults.append(f"{path}: datagrams and streams do not mix: all of them are udp:, or none is")
@@ -337,6 +348,14 @@ def _check(config: Config, document: Mapping[str, Any], faults: list[str]) -> No
                 )
             elif transport != "unix" and not port:
                 faults.append(f"{path}[{number}].address: an upstream needs a port from 1 to 65535")
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _kinds(pool: PoolConfig) -> set[str]:

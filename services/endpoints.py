@@ -6,10 +6,12 @@ that blocks still polls its listener. Resolving blocks: it is for the start of a
 """
 
 import errno
+import grp
 import os
+import pwd
 import socket
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -78,7 +80,7 @@ def open_listeners(
             if wanted.address.transport == "systemd":
                 listeners += _adopt(wanted, inherited)
             else:
-                sockets = _bind(wanted.address)
+                sockets = _bind(wanted.address, wanted.mode, wanted.owner)
                 listeners.append(_listener(wanted, wanted.address.transport, sockets, inherited=False))
     except BaseException:
         close_listeners(listeners)
@@ -250,12 +252,12 @@ def _adopt(wanted: ListenerConfig, inherited: Mapping[str, Sequence[socket.socke
     return [_listener(wanted, transport, each, inherited=True) for transport, each in groups.items()]
 
 
-def _bind(address: Address) -> list[socket.socket]:
+def _bind(address: Address, mode: str | None = None, owner: str | None = None) -> list[socket.socket]:
     """One bound socket for every address that `address` resolves to. Port 0 means one free port for
-    all of them.
+    all of them. `mode` (octal) and `owner` (USER, or USER:GROUP) are a UNIX socket's.
     """
     if address.transport == "unix":
-        return [_open(address, socket.AF_UNIX, address.host)]
+        return [_open(address, socket.AF_UNIX, address.host, lambda: _give(address, mode, owner))]
     for attempt in range(PORT_ATTEMPTS):
         sockets: list[socket.socket] = []
         not_here: EndpointError | None = None
@@ -285,8 +287,27 @@ def _bind(address: Address) -> list[socket.socket]:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _open(address: Address, family: int, where: object) -> socket.socket:
-    """A socket bound to one concrete address, and listening if it is a stream."""
+def _give(address: Address, mode: str | None, owner: str | None) -> None:
+    """Before it listens: nobody who may not comes in between."""
+    if owner is not None:
+        user, _, group = owner.partition(":")
+        try:
+            uid = pwd.getpwnam(user).pw_uid if user else -1
+            os.chown(address.host, uid, grp.getgrnam(group).gr_gid if group else -1)
+        except KeyError as error:
+            raise EndpointError(f"{address}: owner: {error.args[0]}", CONFIGURATION) from error
+        except PermissionError as error:
+            raise EndpointError(
+                f"{address}: owner: no permission to give it to {owner}", NO_PERMISSION
+            ) from error
+    if mode is not None:
+        Path(address.host).chmod(int(mode, 8))
+
+
+def _open(
+    address: Address, family: int, where: object, prepare: Callable[[], object] = lambda: None
+) -> socket.socket:
+    """A socket bound to one concrete address, and listening if it is a stream. `prepare` comes between."""
     kind = socket.SOCK_DGRAM if address.transport == "udp" else socket.SOCK_STREAM
     try:
         opened = socket.socket(family, kind)
@@ -303,9 +324,13 @@ def _open(address: Address, family: int, where: object) -> socket.socket:
         if family == socket.AF_UNIX and _is_stale(address.host):
             Path(address.host).unlink()
         opened.bind(where)  # type: ignore[arg-type]  # the shape follows the family
+        prepare()
         if kind == socket.SOCK_STREAM:
             # two sockets with SO_REUSEADDR may both bind a port: the second fails only here
             opened.listen(BACKLOG)
+    except EndpointError:
+        opened.close()
+        raise
     except (OSError, ValueError) as error:
         opened.close()
         raise _explain(address, error) from error

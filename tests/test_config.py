@@ -313,8 +313,8 @@ def test_faults_of_flags_name_the_flag() -> None:
         '--log-level: expected "debug", "info", "warning" or "error", not "loud"',
         '--log: expected text that is not empty, not ""',
         "--upstream: '::1': put an IPv6 address in brackets, as in [::1]:7007",
-        "--upstream: datagrams and streams do not mix: all of them are udp:, or none is",
         "--upstream: an upstream needs a port from 1 to 65535",
+        "--upstream: datagrams and streams do not mix: all of them are udp:, or none is",
     ]
 
 
@@ -408,3 +408,24 @@ def test_a_limit_or_a_list_that_means_nothing_is_told(tmp_path: Path, text: str,
         assert load(write(tmp_path, ECHO + text)).listeners[0].lists is not None
     else:
         assert faults(tmp_path, ECHO + text) == [told]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("mode = '0660'", "listener[0].mode: only a unix: socket has one"),
+        ("owner = 'root'", "listener[0].owner: only a unix: socket has one"),
+    ],
+)
+def test_a_mode_or_an_owner_is_a_unix_socket_s(tmp_path: Path, text: str, told: str) -> None:
+    assert faults(tmp_path, ECHO + text) == [told]
+    assert not load(write(tmp_path, ECHO.replace("127.0.0.1:7007", "unix:/x") + text)).faults
+
+
+def test_a_mode_is_octal_and_a_source_is_an_address(tmp_path: Path) -> None:
+    text = ECHO.replace("127.0.0.1:7007", "unix:/x") + "mode = 'rw'\n"
+    text += '[pool.p]\nupstreams = [{ address = "127.0.0.1:1" }]\nsource = "here"\n'
+    assert faults(tmp_path, text) == [
+        'listener[0].mode: expected an octal mode such as "0660", not "rw"',
+        'pool.p.source: expected an IP address, not "here"',
+    ]

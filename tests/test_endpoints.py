@@ -1,6 +1,8 @@
 """Sockets are bound, inherited and named before an engine is there, and faults are one line."""
 
+import grp
 import os
+import pwd
 import socket
 import stat
 import subprocess
@@ -445,3 +447,39 @@ def test_a_loop_over_several_listeners_is_refused_and_a_chain_is_not() -> None:
 )
 def test_another_port_or_another_machine_is_no_loop(bound: Address, upstream: Address) -> None:
     refuse_loops([Route("front", [bound], [upstream])])
+
+
+# UNIX sockets ------------------------------------------------------------------------------------
+
+
+def unix(path: Path, mode: str | None = None, owner: str | None = None) -> list[Listener]:
+    address = Address("unix", str(path))
+    wanted = ListenerConfig(name="u", address=address, service="echo", mode=mode, owner=owner)
+    return open_listeners([wanted], {})
+
+
+def test_a_unix_socket_gets_its_mode_and_owner_before_anybody_can_come(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    me = f"{pwd.getpwuid(os.getuid()).pw_name}:{grp.getgrgid(os.getgid()).gr_name}"
+    listeners = unix(path, mode="0604", owner=me)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+    close_listeners(listeners)
+    listeners = unix(path, owner=":" + me.partition(":")[2])
+    close_listeners(listeners)
+
+
+def test_an_owner_that_there_is_not_is_78(tmp_path: Path) -> None:
+    with pytest.raises(EndpointError) as caught:
+        unix(tmp_path / "s", owner="nobody-of-this-name")
+    assert caught.value.exit_code == 78
+    assert "owner" in caught.value.message
+
+
+def test_an_owner_that_is_not_ours_to_give_is_77(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(EndpointError) as caught:
+        unix(tmp_path / "s", owner="root")
+    assert caught.value.exit_code == 77

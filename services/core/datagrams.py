@@ -36,11 +36,13 @@ class DatagramSession:
         "datagrams_out",
         "peak",
         "record",
+        "source",
         "upstream",
     )
 
-    def __init__(self, record: Record, upstream: Upstream | None = None) -> None:
+    def __init__(self, record: Record, upstream: Upstream | None = None, source: str | None = None) -> None:
         self.record = record
+        self.source = source  # where its own socket is to come from
         self.upstream = upstream
         self.address = record.upstream_address = upstream.addresses[0] if upstream else None
         self.bytes_in = self.bytes_out = self.datagrams_in = self.datagrams_out = self.peak = 0
@@ -235,7 +237,9 @@ class Datagrams:
         record = self._service.open_record(self._policy, client, self._local, None, now)
         record.upstream = upstream.name if upstream else None
         record.faults = ",".join(fault.label for fault in self._policy.faults) or None
-        session = self._sessions[key] = DatagramSession(record, upstream)
+        session = self._sessions[key] = DatagramSession(
+            record, upstream, self._policy.pool.choice.source if self._policy.pool else None
+        )
         return session
 
     def _retire(self, session: DatagramSession, now: float) -> Actions:

@@ -92,6 +92,7 @@ class Timeouts(Struct, frozen=True, kw_only=True):
         idle: no byte moved, either way.
         half_close: the same, once one side has ended.
         drain: from SIGTERM until open sessions are cut.
+        lifetime: of a session in all, however busy it is; None is for ever.
         header: until a PROXY header is whole, where one is expected.
         dead_peer: data unacknowledged, or keepalive unanswered (TCP_USER_TIMEOUT); None is as idle,
             since it also ends a live peer that keeps its window at zero.
@@ -105,6 +106,7 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     half_close: float = 60.0
     drain: float = 30.0
     header: float = 3.0
+    lifetime: float | None = None
     dead_peer: float | None = None
     udp_idle: float = 30.0
     progress: float = 60.0
@@ -181,10 +183,13 @@ Event = Accepted | Received | Dialled | DialFailed | Finished | Lost | Probed | 
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Connect to `address`; answer with `Dialled` or `DialFailed`."""
+    """Connect to `address`, from `source` if that is given (an IP address of this machine); answer with
+    `Dialled` or `DialFailed`.
+    """
 
     attempt: int
     address: Address
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +305,7 @@ class Session:
         "_fault_at",
         "_faults",
         "_gave_up",
+        "_life_ends",
         "_lost",
         "_number",
         "_pool",
@@ -358,6 +364,7 @@ class Session:
         self._probed_at = record.opened_at
         self._progress_at = record.opened_at + timeouts.progress
         self._number = number
+        self._life_ends = record.opened_at + timeouts.lifetime if timeouts.lifetime else NEVER
         self._faults = faults
         self._preface = preface
         self._readmit = readmit
@@ -414,7 +421,7 @@ class Session:
         relays = self.relays
         opened = self.record.opened_at
         # those that are open now, too
-        lasting = [now - relay.paused_at if relay.paused_at is not None else 0.0 for relay in relays]
+        lasting = [now - at if (at := relay.paused_at) is not None else 0.0 for relay in relays]
         paused = [int((r.paused_time + pause) * 1e6) for r, pause in zip(relays, lasting, strict=True)]
         longest = max(max(r.longest_pause, pause) for r, pause in zip(relays, lasting, strict=True))
         proxied = len(relays) == 2
@@ -505,14 +512,25 @@ class Session:
             self._connect_ends = 0.0
         self._upstream = upstream
         self._tried.append(upstream)
-        self._candidates = list(upstream.addresses)
+        assert self._pool is not None
+        source = self._pool.choice.source
+        # one family cannot be reached from an address of the other
+        self._candidates = [
+            each
+            for each in upstream.addresses
+            if source is None or each.transport == "unix" or (":" in each.host) == (":" in source)
+        ]
         record.upstream = upstream.name
         if record.dialled_at is None:
             record.dialled_at = now
         self._connect_ends = self._connect_ends or now + self._timeouts.connect
         # what is left of the budget is shared with the upstreams that may still follow
         self._waits_until = now + (self._connect_ends - now) / (1 + self._further_upstreams())
-        return self._dial(now)
+        if self._candidates:
+            return self._dial(now)
+        self.phase = Phase.CONNECTING
+        self._dial_loss = loss = Loss(Reason.UNREACHABLE, "EAFNOSUPPORT")
+        return self._give_upstream_up(loss, now)
 
     def resume(self, now: float) -> Actions:
         """The pool has taken this session from its queue: there is room."""
@@ -542,7 +560,8 @@ class Session:
         self._dials[self._attempt] = address
         # the last of them is to have its chance too
         self._race_at = now + min(RACE, (self._waits_until - now) / (1 + len(self._candidates)))
-        return self._do(Dial(self._attempt, address))
+        assert self._pool is not None
+        return self._do(Dial(self._attempt, address, self._pool.choice.source))
 
     def _further_upstreams(self) -> int:
         assert self._pool is not None
@@ -746,7 +765,7 @@ class Session:
 
     def deadline(self) -> float:
         """When `expire` wants to be called, if nothing happens before; it may find nothing to do."""
-        times = [self._progress_at, self._patience_ends(), self._fault_at]
+        times = [self._progress_at, self._patience_ends(), self._fault_at, self._life_ends]
         if self._dials and self._candidates:
             times.append(self._race_at)
         if self._unread_legs():
@@ -762,6 +781,8 @@ class Session:
             self._progress_at = now + self._timeouts.progress
         if now >= self._fault_at:
             return self._fault_due(now), progress
+        if now >= self._life_ends:
+            return self._end("K" + self._letter(), None, now, "ETIME"), progress
         if now >= self._patience_ends():
             return self._out_of_patience(now), progress
         if self._dials and self._candidates and now >= self._race_at:

@@ -63,10 +63,13 @@ class Check(Struct, frozen=True, kw_only=True):
 
 
 class Choice(Struct, frozen=True, kw_only=True):
-    """How a pool chooses. `retries` is how many further upstreams a session tries when a dial failed."""
+    """How a pool chooses. `retries` is how many further upstreams a session tries when a dial failed,
+    `source` the IP address of this machine that its connections come from.
+    """
 
     balance: Balance = "round_robin"
     retries: Annotated[int, Meta(ge=0)] = 1
+    source: str | None = None
     queue: Queue = Queue()
     eject: Ejection = Ejection()
     health: Check | None = None

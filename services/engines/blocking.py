@@ -215,7 +215,7 @@ class Engine:
     def _dial(self, session: Session, dial: Dial) -> None:
         """The thread of one dial. connect(2) waits for LOOK_UP at most, and may be called again."""
         try:
-            sock = sockets.dial_socket(dial.address, self._service.dead_peer)
+            sock = sockets.dial_socket(dial.address, self._service.dead_peer, dial.source)
         except OSError as error:
             self._tell(session, DialFailed(dial.attempt, sockets.loss_of(error)))
             return
@@ -581,7 +581,9 @@ class Engine:
                 outward = self._outward.get(session)
                 if outward is None:
                     assert session.address is not None
-                    outward = self._outward[session] = sockets.datagram_socket(session.address)
+                    outward = self._outward[session] = sockets.datagram_socket(
+                        session.address, session.source
+                    )
                     work = (sock, outward, datagrams, session, peer)
                     threading.Thread(target=self._return, args=work, daemon=True).start()
                 outward.send(data)

@@ -181,7 +181,7 @@ class Engine:
 
     def _dial(self, session: Session, dial: Dial, now: float) -> None:
         try:
-            sock = sockets.dial_socket(dial.address, self._service.dead_peer)
+            sock = sockets.dial_socket(dial.address, self._service.dead_peer, dial.source)
         except OSError as error:
             self._tell(session, DialFailed(dial.attempt, sockets.loss_of(error)), now)
             return
@@ -548,7 +548,7 @@ class Engine:
             sock = self._outward.get(session)
             if sock is None:
                 assert session.address is not None
-                sock = self._outward[session] = sockets.datagram_socket(session.address)
+                sock = self._outward[session] = sockets.datagram_socket(session.address, session.source)
                 self._selector.register(
                     sock, EVENT_READ, partial(self._return, listening, session, sock, peer)
                 )

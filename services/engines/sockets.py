@@ -16,6 +16,8 @@ from services.core.addresses import Address
 from services.core.record import NO_TCP_INFO, Loss, Reason, Side, TcpInfo
 from services.core.session import Probed
 
+# linux/in.h; the socket module has no name for it yet
+IP_BIND_ADDRESS_NO_PORT = 24
 # A dead but silent peer is asked for first after this long; further probes follow as often.
 KEEPALIVE_SECONDS = 60
 # struct tcp_info (linux/tcp.h): eight bytes, then 32-bit fields; the last one read here is the 24th
@@ -109,23 +111,39 @@ def complete_options(sock: socket.socket, dead_peer: float) -> None:
         set_options(sock, dead_peer)
 
 
-def dial_socket(address: Address, dead_peer: float) -> socket.socket:
-    """A blocking socket that `sockaddr(address)` can be connected with."""
+def dial_socket(address: Address, dead_peer: float, source: str | None = None) -> socket.socket:
+    """A blocking socket that `sockaddr(address)` can be connected with. OSError where `source` is no
+    address of this machine, or of the other family.
+    """
     if address.transport == "unix":
         family = socket.AF_UNIX
     else:
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     set_options(sock, dead_peer)
+    if source is not None and family != socket.AF_UNIX:
+        _bind_source(sock, source)
     return sock
 
 
-def datagram_socket(address: Address) -> socket.socket:
+def _bind_source(sock: socket.socket, source: str) -> None:
+    """The port is chosen at connect, so that one source serves more connections than it has ports (ip(7))."""
+    try:
+        sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((source, 0))
+    except OSError:
+        sock.close()
+        raise
+
+
+def datagram_socket(address: Address, source: str | None = None) -> socket.socket:
     """A non-blocking UDP socket that is connected: it hears nobody else, and of ICMP errors (udp(7))."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
         sock.setblocking(False)
+        if source is not None:
+            sock.bind((source, 0))
         sock.connect((address.host, address.port))
     except OSError:
         sock.close()

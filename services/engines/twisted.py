@@ -332,7 +332,8 @@ class Engine:
         if dial.address.transport == "unix":
             connector = self._reactor.connectUNIX(host, _Adoption(leg), timeout=None)
         else:
-            connector = self._reactor.connectTCP(host, port, _Adoption(leg), timeout=None)
+            source = (dial.source, 0) if dial.source else None
+            connector = self._reactor.connectTCP(host, port, _Adoption(leg), timeout=None, bindAddress=source)
         if leg.dial is not None:  # it has not failed at once
             self._connectors[session, dial.attempt] = connector
 
@@ -676,7 +677,7 @@ class Engine:
             if session not in self._outward:
                 assert session.address is not None
                 outward = _Outward(self, answerer, session, peer)
-                interface = "::" if ":" in session.address.host else ""
+                interface = session.source or ("::" if ":" in session.address.host else "")
                 port = self._reactor.listenUDP(0, outward, interface, DATAGRAM)
                 self._outward[session] = (outward, port)
             self._outward[session][0].transport.write(datagram)

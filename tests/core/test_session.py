@@ -23,7 +23,7 @@ from services.core.session import (
     Probed,
     SendEnd,
 )
-from services.core.upstreams import Pool
+from services.core.upstreams import Choice, Pool
 from services.vocabulary import SessionProgress
 
 RESET = Loss(Reason.RESET, "ECONNRESET")
@@ -477,3 +477,31 @@ def test_an_echo_waits_for_its_client_only() -> None:
     counts = play.session.counts(stage.now)
     assert (counts.paused_c2s_us, counts.upstream_end_us) == (None, None)
     assert counts.paused_s2c_us == counts.paused_us == counts.longest_pause_us
+
+
+def test_a_lifetime_ends_a_session_however_busy_it_is() -> None:
+    stage = Stage(lifetime=10.0)
+    play = Play(stage)
+    play.connect()
+    while stage.now < play.session.record.opened_at + 9.0:
+        play.move(CLIENT, 1, after=0.5)
+        play.wait(0.0)
+    assert not play.session.over
+    assert play.wait(1.0) == [Abort(CLIENT), Abort(UPSTREAM)]
+    assert play.ended() == ("RSTR", "ShDr", "KD", "service", "ETIME")
+
+
+def test_dials_come_from_the_pool_s_source() -> None:
+    stage = Stage()
+    stage.pool.choice = Choice(source="192.0.2.7")
+    play = Play(stage)
+    assert play.actions == [Dial(1, stage.pool.upstreams[0].addresses[0], "192.0.2.7")]
+
+
+def test_an_address_of_another_family_than_the_source_is_none() -> None:
+    stage = Stage()
+    stage.pool.choice = Choice(source="2001:db8::1")
+    play = Play(stage)
+    assert play.actions == [Probe(CLIENT)]
+    play.tell(Probed(CLIENT, None, unread=0, unsent=0))
+    assert play.ended() == ("SF", "Shf", "SC", "service", "EAFNOSUPPORT")
