@@ -1,7 +1,7 @@
 """The service of one process: admits and retires sessions, owns the pools and the service's timers.
 
-Not thread-safe, like the sessions: an engine with threads serialises every call.
-Health checks and queues will be further deadlines of `deadline` and `expire`.
+Not thread-safe, like the sessions: an engine with threads serialises every call. Health is checked
+outside of the engine (`services/health.py`); what is found is posted to the pools.
 """
 
 import bisect

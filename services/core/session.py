@@ -10,7 +10,7 @@ and tells the session's relays how many (`relay.py`).
 
 A session is in one phase (HAProxy's second termination letter)::
 
-    Q  choosing an upstream          (proxy)
+    Q  reading a PROXY header; choosing an upstream, or waiting for one
     C  connecting to it              (proxy)
     D  relaying
     L  relaying the last data: one side has ended its direction
@@ -35,7 +35,6 @@ The rules, by their numbers in the behaviour table:
   sent data, else FIN.
 * A session that finds every upstream full waits in its pool's queue. The end of another releases it:
   so `handle` and `expire` return what to do for that one as well.
-
 * Behind another proxy, the first bytes are a PROXY header (16): it is read before anything else, in
   bounded time and size, and says who the client is. What an upstream is told of the client in the same
   way goes out before the first byte of the relay.
@@ -44,7 +43,7 @@ A leg's loss is remembered: it is delivered once, whatever its socket says later
 is over every event is ignored, so an engine need not cancel what is already on its way.
 
 Faults on purpose (`faults.py`) act on a session that relays: on its bytes by the relays' lines, on
-itself by a deadline, which ends it as the operator would (`K`).
+itself by a deadline, which ends it as the operator would (`K`). So does a lifetime that is over.
 Admission (23) decides before a session is made.
 """
 
