@@ -122,9 +122,9 @@ def test_a_free_port_that_is_taken_for_the_second_address_is_given_up_for_anothe
         # whoever else takes the port, between our two binds
         if self.family == socket.AF_INET and len(squatters) < 3 and where[1]:
             squatter = socket.socket()
+            squatters.append(squatter)
             real(squatter, where)
             squatter.listen()
-            squatters.append(squatter)
         real(self, where)
 
     monkeypatch.setattr(socket, "socket", type("Racing", (socket.socket,), {"bind": bind}))
