@@ -4,7 +4,6 @@ A command imports what it needs when it runs: `triptych echo` with a loop of its
 Twisted nor anything of `comparisons`, which this package names here only, as text.
 """
 
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from msgspec.structs import replace
 
 from services import systemd
 from services.config import ENGINES, Config, ConfigError, Source, from_flags, load
+from services.lazy import LazyGroup
 from services.vocabulary import Level
 
 USAGE, UNAVAILABLE, OS_ERROR, NO_PERMISSION, CONFIGURATION = 64, 69, 71, 77, 78
@@ -47,19 +47,13 @@ class NeedsExtra(click.ClickException):
     exit_code = UNAVAILABLE
 
 
-class Commands(click.Group):
-    """The commands of this package, and those of `comparisons` once they are asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        return [*self.commands, *LAZY]
+class Commands(LazyGroup):
+    """The commands of this package, and those of `comparisons`, which an extra may be missing for."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in LAZY:
-            return super().get_command(ctx, cmd_name)
-        ctx.meta[LAZY_COMMAND] = cmd_name
-        module, _, attribute = LAZY[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        if cmd_name in self.lazy:
+            ctx.meta[LAZY_COMMAND] = cmd_name
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -70,15 +64,6 @@ class Commands(click.Group):
                 raise
             command = ctx.meta[LAZY_COMMAND]
             raise NeedsExtra(f"{command} needs the extra: pip install 'triptych[compare]'") from error
-
-    def format_commands(
-        self,
-        ctx: click.Context,  # noqa: ARG002  click's signature
-        formatter: click.HelpFormatter,
-    ) -> None:
-        own = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
-        with formatter.section("Commands"):
-            formatter.write_dl([*own, *((name, text) for name, (_, text) in LAZY.items())])
 
 
 class Flags(NamedTuple):
@@ -112,7 +97,7 @@ class Flags(NamedTuple):
         return command + [part for flag, texts in several.items() for text in texts for part in (flag, text)]
 
 
-@click.group(cls=Commands)
+@click.group(cls=Commands, lazy=LAZY)
 def triptych() -> None:
     """One echo and proxy service, three I/O models."""
 

@@ -42,11 +42,18 @@ VOCABULARY = [
     "_accept",
     "_dial",
     "_perform",
+    "_read_preface",
     "_pump",
+    "_deliver",
     "_half_close",
     "_expire",
     "_close",
     "_drain",
+    "_answer",
+    "_send_on",
+    "_return",
+    "_release",
+    "_reply",
 ]
 
 

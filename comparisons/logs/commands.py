@@ -1,8 +1,8 @@
 """`triptych logs`: the commands that read the daemons' logs. Each is a module that is loaded when it is asked for."""
 
-import importlib
-
 import click
+
+from services.lazy import LazyGroup
 
 LAZY = {
     "summary": (
@@ -26,26 +26,6 @@ LAZY = {
 }
 
 
-class Commands(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        return list(LAZY)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  as above
-        if cmd_name not in LAZY:
-            return None
-        module, _, attribute = LAZY[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
-    def format_commands(
-        self,
-        ctx: click.Context,  # noqa: ARG002  click's signature
-        formatter: click.HelpFormatter,
-    ) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in LAZY.items()])
-
-
-@click.group(name="logs", cls=Commands)
+@click.group(name="logs", cls=LazyGroup, lazy=LAZY)
 def group() -> None:
     """Read the daemons' logs: what happened, by engine."""

@@ -10,23 +10,14 @@ from collections.abc import Sequence
 import click
 
 from comparisons.flags import duration
+from comparisons.front import listening
 from comparisons.recordings import flags
 from comparisons.recordings.format import VERSION, Header
 from comparisons.recordings.keeper import Keeper
 from comparisons.recordings.recorder import Recorder
 from comparisons.units import size
-from services.config import ListenerConfig
 from services.core.addresses import Address
-from services.endpoints import (
-    EndpointError,
-    Listener,
-    Route,
-    close_listeners,
-    exposure,
-    open_listeners,
-    refuse_loops,
-    resolve,
-)
+from services.endpoints import EndpointError, resolve
 
 
 class Unwritable(click.ClickException):
@@ -76,23 +67,20 @@ def command(
     Bytes pass unchanged. Ends with Ctrl-C or SIGTERM, after --sessions or at a cap, and never cuts a
     session for that: a second Ctrl-C does.
     """
-    listeners: list[Listener] = []
     try:
-        listeners = open_listeners([ListenerConfig(name="record", address=listen, service="proxy")], {})
-        bound = [address for listener in listeners for address in listener.addresses]
         upstreams = resolve(upstream)
-        refuse_loops([Route("--upstream", bound, upstreams)])
-        for address in bound:
-            if offered := exposure("proxy", address):
-                click.echo(f"triptych: {address} is open to other hosts: {offered}", err=True)
-        sockets = [each for listener in listeners for each in listener.sockets]
-        told = f"recording {' and '.join(map(str, bound))} to {upstream} in {output}"
-        return _record(told, sockets, upstreams, output, most_bytes, most_time, sessions, patterns)
+        with listening(listen, upstreams, _say) as listeners:
+            bound = [address for listener in listeners for address in listener.addresses]
+            sockets = [each for listener in listeners for each in listener.sockets]
+            told = f"recording {' and '.join(map(str, bound))} to {upstream} in {output}"
+            return _record(told, sockets, upstreams, output, most_bytes, most_time, sessions, patterns)
     except EndpointError as error:
-        click.echo(f"triptych: {error.message}", err=True)
+        _say(error.message)
         return error.exit_code
-    finally:
-        close_listeners(listeners)
+
+
+def _say(line: str) -> None:
+    click.echo(f"triptych: {line}", err=True)
 
 
 def _record(
@@ -107,7 +95,7 @@ def _record(
 ) -> int:
     header = Header(VERSION, began_us=time.time_ns() // 1000)
     with flags.created(output) as file, Keeper(file, header, patterns) as keeper:
-        click.echo(f"triptych: {told}", err=True)
+        _say(told)
         recorder = Recorder(
             sockets,
             upstreams,
@@ -115,7 +103,7 @@ def _record(
             most_bytes=most_bytes,
             most_time=most_time,
             sessions=sessions,
-            say=lambda line: click.echo(f"triptych: {line}", err=True),
+            say=_say,
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: recorder.stop())

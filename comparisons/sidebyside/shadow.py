@@ -30,6 +30,7 @@ import msgspec
 from comparisons.daemon_log import bound_address
 from comparisons.descriptors import allow_descriptors
 from comparisons.flags import Failed, duration
+from comparisons.front import listening
 from comparisons.sidebyside import shadow_report
 from comparisons.sidebyside.daemons import Daemon, configuration
 from comparisons.sidebyside.shadow_settings import CONTROL, Settings, SettingsError, read
@@ -40,11 +41,8 @@ from services.core.addresses import Address
 from services.endpoints import (
     EndpointError,
     Listener,
-    Route,
     close_listeners,
-    exposure,
     open_listeners,
-    refuse_loops,
     resolve,
 )
 from services.engines.sockets import Wakeup
@@ -311,17 +309,9 @@ def _directory(keep: str | None, stack: contextlib.ExitStack) -> Path:
 
 def _listen(settings: Settings, stack: contextlib.ExitStack) -> list[Listener]:
     """The tee's own sockets. EndpointError, also where an upstream is one of them."""
-    wanted = ListenerConfig(name="shadow", address=settings.listen, service="proxy")
-    listeners = open_listeners([wanted], systemd.claim())
-    stack.callback(close_listeners, listeners)
-    own = [address for listener in listeners for address in listener.addresses]
     upstreams = {upstream for _, upstream in settings.names().values()}
-    refuse_loops([Route("shadow", own, [each for upstream in upstreams for each in resolve(upstream)])])
-    for address in own:
-        risk = exposure("proxy", address)
-        if risk is not None:
-            _say(f"{address} can be reached from other hosts: {risk}")
-    return listeners
+    reached = [each for upstream in upstreams for each in resolve(upstream)]
+    return stack.enter_context(listening(settings.listen, reached, _say, systemd.claim()))
 
 
 def _say(message: str, priority: int = NOTICE) -> None:

@@ -123,7 +123,6 @@ class Reorder(Fault, frozen=True, kw_only=True, tag="reorder"):
 
 
 StreamFault = Latency | Bandwidth | Slicer | Blackhole | Reset | Limit | SlowClose
-DatagramFault = Latency | Drop | Duplicate | Reorder
 AnyFault = Latency | Bandwidth | Slicer | Blackhole | Reset | Limit | SlowClose | Drop | Duplicate | Reorder
 
 # what a listener of each kind can suffer

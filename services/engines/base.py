@@ -42,9 +42,10 @@ retired. A second SIGINT cuts what is open (`Service.drain`).
 costs the session it happened in (`Cut("I")`).
 
 All engines have the same private vocabulary, in this order, so that they can be read side by side:
-`run, stop, post, _accept, _dial, _perform, _pump, _half_close, _expire, _close, _drain`. UDP is
-answered, or passed on, in `_answer`; what an upstream sends back comes to `_return`. Both ask the core
-when to send (`Datagrams.forwards`, `replies`), and close a session's socket when told to (`release`).
+`run, stop, post, _accept, _dial, _perform, _read_preface, _pump, _deliver, _half_close, _expire, _close,
+_drain`, and for UDP `_answer, _send_on, _return, _release, _reply`: a datagram is answered, or passed on,
+in `_answer`; what an upstream sends back comes to `_return`. Both ask the core when to send
+(`Datagrams.forwards`, `replies`), and `_release` closes a session's socket when told to.
 """
 
 import socket
