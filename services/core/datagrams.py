@@ -224,6 +224,8 @@ class Datagrams:
             reason = "the source address is not one host's"
         elif len(self._sessions) >= MOST_CLIENTS:
             reason = f"{MOST_CLIENTS} clients are open"
+        elif not self._service.has_room(self._policy):
+            reason = "there is no descriptor for a socket to its upstream"
         client = Address("udp", host, port)
         if reason is not None:
             self._service.refuse(self._policy, client, reason, now)

@@ -96,9 +96,10 @@ class Ledger(Protocol):
     def expire(self, now: float) -> Actions: ...
 
 
-def _descriptors(policy: Policy) -> int:
-    """Of a session: one for each leg."""
-    return 2 if policy.service == "proxy" else 1
+def _descriptors(service: Literal["echo", "proxy"], transport: str) -> int:
+    """Of a session: one for each leg. Clients of datagrams share their listener's socket."""
+    legs = 2 if service == "proxy" else 1
+    return legs - 1 if transport == "udp" else legs
 
 
 class Service:
@@ -162,7 +163,6 @@ class Service:
             return None
         record = self.open_record(policy, client, local, accept_wait, now)
         policy.sessions += 1
-        self._descriptors -= _descriptors(policy)
         session = Session(
             record,
             self.timeouts,
@@ -178,7 +178,7 @@ class Service:
 
     def has_room(self, policy: Policy) -> bool:
         """Are there descriptors for one more session? If not, its clients wait in the backlog (rule 10)."""
-        return self._descriptors >= _descriptors(policy)
+        return self._descriptors >= _descriptors(policy.service, policy.transport)
 
     def admit(self, policy: Policy, client: Address | None, now: float) -> bool:
         """May this client become a session? If not, that is counted and told."""
@@ -248,6 +248,7 @@ class Service:
             accept_wait=accept_wait,
         )
         record.admission = self.admission.enter(client.host if client else None)
+        self._descriptors -= _descriptors(policy.service, policy.transport)
         self._accepted += 1
         self.tally(policy.name, policy.service, local.transport).accepted += 1
         if self._lag_at == float("inf"):
@@ -292,11 +293,11 @@ class Service:
             )
         )
         self.sessions.discard(session)
-        self._descriptors += len(session.relays)
         self.count_closed(session.record, counts, now)
 
     def count_closed(self, record: Record, counts: Counts, now: float) -> None:
         self._closed += 1
+        self._descriptors += _descriptors(record.service, record.local.transport)
         self.admission.leave(record.admission)
         tally = self.tally(record.listener, record.service, record.local.transport)
         termination = record.termination

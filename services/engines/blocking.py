@@ -575,6 +575,7 @@ class Engine:
     ) -> None:
         """To the upstream, by the session's own socket, which a thread of its own listens to."""
         try:
+            # nothing here waits, UDP's send neither; without the lock the session could end in between
             with self._lock:
                 if not datagrams.holds(session):  # gone before it was due
                     return

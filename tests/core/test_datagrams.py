@@ -204,3 +204,17 @@ def test_only_so_many_sources_are_remembered(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(datagrams, "MOST_CLIENTS", 2)
     rates = datagrams.Rates()
     assert [rates.allow(host, 1, 0.0) for host in "aabbcca"] == [True, False, True, False, True, False, True]
+
+
+def test_a_proxied_client_takes_a_descriptor_and_gives_it_back() -> None:
+    stage = Stage(udp_idle=1.0, descriptors=1)
+    clients = passed_on(stage, [])
+    assert clients.received("192.0.2.1", 5000, 4, stage.now) is not None
+    assert clients.received("192.0.2.2", 5000, 4, stage.now) is None
+    assert "no descriptor" in stage.logged(SessionRefused)[0].reason
+    stage.now += 2.0
+    stage.service.expire(stage.now)
+    assert clients.received("192.0.2.2", 5000, 4, stage.now) is not None
+    # an echo needs none
+    stage = Stage(descriptors=0)
+    assert table(stage).received("192.0.2.1", 5000, 4, stage.now) is not None
